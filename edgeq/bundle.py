@@ -1,0 +1,198 @@
+"""Bundles: a folder with ``edgeq.json``, the hashed files that it names, and ``reports/`` beside them.
+
+The manifest is the only contract between converters and runtime. It is untrusted input: its paths must stay inside the
+folder, and nothing in it is believed before it was compared with the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from edgeq.errors import BundleError
+from edgeq.types import BundleFile, Manifest, from_json, to_json
+
+__all__ = [
+    "MANIFEST",
+    "REPORTS",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "describe_file",
+    "hash_file",
+    "open_bundle",
+    "write_manifest",
+]
+
+MANIFEST = "edgeq.json"
+REPORTS = "reports"
+SCHEMA_VERSION = 1
+_CHUNK = 1 << 20
+_MAX_MANIFEST_BYTES = 64 << 20
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, role: str) -> Path:
+        """The one file of that role.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        for entry in self.manifest.files:
+            if entry.role == role:
+                return self.path / entry.path
+        raise BundleError(f"{self.path} has no file with the role {role!r}", "Convert the model again")
+
+    @property
+    def reports(self) -> Path:
+        """Where reports go; not part of the hashed set, and perhaps not there yet."""
+        return self.path / REPORTS
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Hash of ``edgeq.json``: the identity of a bundle, since it holds the hash of every file."""
+        return hash_file(self.path / MANIFEST)
+
+
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as hexadecimal text; ``progress`` is told the bytes of each piece."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while n_read := file.readinto(buffer):
+            digest.update(view[:n_read])
+            if progress is not None:
+                progress(n_read)
+    return digest.hexdigest()
+
+
+def describe_file(folder: Path, relative: str, role: str) -> BundleFile:
+    """The manifest's entry for a file that is already in the folder."""
+    path = folder / relative
+    return BundleFile(path=relative, role=role, size_bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``edgeq.json``; the last step before publishing."""
+    (folder / MANIFEST).write_bytes(to_json(manifest))
+
+
+def open_bundle(path: str | Path, *, verify: bool = False, progress: Progress | None = None) -> Bundle:
+    """Read a bundle's manifest and check its files.
+
+    Args:
+        path: the bundle's folder.
+        verify: also hash every file and look for files that the manifest does not name; otherwise only that each file
+            is there with its size.
+        progress: called with bytes done, bytes in all, and the file's name while hashing.
+
+    Raises:
+        BundleError: no bundle, an unreadable or newer manifest, a path that leaves the folder, a missing file, or
+            contents that differ from the manifest.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    for entry in manifest.files:
+        _check_entry(folder, entry)
+    if verify:
+        _check_hashes(folder, manifest, progress)
+        _check_strangers(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+class _Version(msgspec.Struct):
+    schema_version: int = 0
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is no folder", "Give the folder that edgeq convert wrote")
+    if not path.is_file():
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}", "Give the folder that edgeq convert wrote")
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than any manifest", "Convert the model again")
+        data = path.read_bytes()
+        version = from_json(data, _Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema version {version}; this edgeq reads up to {SCHEMA_VERSION}",
+                "Update it with: pip install --upgrade edgeq",
+            )
+        return from_json(data, Manifest)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is no valid manifest: {error}", "Convert the model again") from error
+
+
+def _check_entry(folder: Path, entry: BundleFile) -> None:
+    relative = PurePosixPath(entry.path)
+    inside = (
+        entry.path
+        and not relative.is_absolute()
+        and ".." not in relative.parts
+        and "\\" not in entry.path
+        and "\0" not in entry.path
+    )
+    path = folder / entry.path
+    if not inside or not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
+        raise BundleError(
+            f"The manifest of {folder} names {entry.path!r}, which leaves the bundle",
+            "Do not use this bundle; get it again from where it was made",
+        )
+    if not path.is_file():
+        raise BundleError(f"{path} is missing", "Copy the bundle again, or convert the model again")
+    size = path.stat().st_size
+    if size != entry.size_bytes:
+        raise BundleError(
+            f"{path} has {size} bytes, its manifest says {entry.size_bytes}",
+            "Copy the bundle again, or convert the model again",
+        )
+
+
+def _check_hashes(folder: Path, manifest: Manifest, progress: Progress | None) -> None:
+    total, done = sum(entry.size_bytes for entry in manifest.files), 0
+    for entry in manifest.files:
+
+        def advance(n_bytes: int, name: str = entry.path) -> None:
+            nonlocal done
+            done += n_bytes
+            if progress is not None:
+                progress(done, total, name)
+
+        found = hash_file(folder / entry.path, advance)
+        if found != entry.sha256:
+            raise BundleError(
+                f"{folder / entry.path} was changed: its SHA-256 is {found[:12]}…, the manifest says "
+                f"{entry.sha256[:12]}…",
+                "Copy the bundle again, or convert the model again",
+            )
+
+
+def _check_strangers(folder: Path, manifest: Manifest) -> None:
+    known = {entry.path for entry in manifest.files} | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder).as_posix()
+        if relative.split("/")[0] == REPORTS or path.is_dir():
+            continue
+        if relative not in known:
+            raise BundleError(f"{path} is not named in the manifest", "Remove it, or convert the model again")

@@ -1,0 +1,144 @@
+"""Percentiles with one-sided confidence bounds that assume nothing about the distribution.
+
+The bounds are order statistics. Of n independent samples, the number K that lie at or below the true q-th percentile is
+binomial with n trials and probability q/100, so the r-th smallest sample is
+
+* an upper bound of the percentile with probability P(K <= r - 1) = sum_{k<r} C(n, k) p^k (1 - p)^(n - k), and
+* a lower bound of it with probability P(K >= r),
+
+both exact for a continuous distribution and conservative where samples can tie. Source: H. A. David and
+H. N. Nagaraja, *Order Statistics*, 3rd ed., Wiley 2003, section 7.1; W. J. Conover, *Practical Nonparametric
+Statistics*, 3rd ed., Wiley 1999, section 3.2. Samples of one machine are rarely independent of each other, so a bound
+speaks for conditions like those of the run, and only for a number of samples that was fixed before looking at them.
+
+``q`` is in percent (99 for the 99th percentile, as in `numpy.percentile`), ``confidence`` a fraction (0.95).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["lower_bound", "missing_samples", "percentile", "required_samples", "upper_bound"]
+
+# A tail probability that equals its limit in exact arithmetic must not miss it by rounding.
+_ROUNDING = 1e-12
+_SMALLEST_LOG = -700.0
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """The smallest sample that at least q % of all samples do not exceed (nearest rank; type 1 of Hyndman and Fan).
+
+    Always one of the samples, so it lies between `lower_bound` and `upper_bound` where these exist.
+
+    Raises:
+        ValueError: no samples, a sample that is NaN, or ``q`` outside (0, 100).
+    """
+    _check(q, 0.5)
+    ordered = _ordered(samples)
+    if not ordered:
+        raise ValueError("no samples")
+    # The rounding keeps 0.07 * 100 = 7.000000000000001 from becoming rank 8.
+    rank = math.ceil(round(q / 100 * len(ordered), 9))
+    return ordered[max(rank, 1) - 1]
+
+
+def upper_bound(samples: Sequence[float], q: float, confidence: float) -> float | None:
+    """The smallest sample that exceeds the true percentile with the given confidence; None if the samples are too few.
+
+    Raises:
+        ValueError: NaN, ``q`` outside (0, 100), or ``confidence`` outside [0.5, 1).
+    """
+    _check(q, confidence)
+    ordered = _ordered(samples)
+    above = _allowed_misses(len(ordered), 1 - q / 100, confidence)
+    return None if above is None else ordered[len(ordered) - 1 - above]
+
+
+def lower_bound(samples: Sequence[float], q: float, confidence: float) -> float | None:
+    """The largest sample that the true percentile exceeds with the given confidence; None if the samples are too few.
+
+    Raises:
+        ValueError: as `upper_bound`.
+    """
+    _check(q, confidence)
+    ordered = _ordered(samples)
+    below = _allowed_misses(len(ordered), q / 100, confidence)
+    return None if below is None else ordered[below]
+
+
+def required_samples(q: float, confidence: float, misses: int = 0) -> int:
+    """The fewest samples whose upper bound of the q-th percentile meets a limit that ``misses`` of them exceed.
+
+    459 for the 99th percentile at 99 % without a miss, 4603 for the 99.9th. For a lower limit the same number counts
+    at ``100 - q``.
+
+    Raises:
+        ValueError: ``q`` or ``confidence`` out of range, or ``misses`` negative.
+    """
+    _check(q, confidence)
+    if misses < 0:
+        raise ValueError(f"misses must not be negative, not {misses}")
+    p_miss = 1 - q / 100
+    too_few, enough = misses, misses + 1
+    while not _decided(enough, misses, p_miss, confidence):
+        too_few, enough = enough, enough * 2
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if _decided(middle, misses, p_miss, confidence):
+            enough = middle
+        else:
+            too_few = middle
+    return enough
+
+
+def missing_samples(n_samples: int, misses: int, q: float, confidence: float) -> int:
+    """How many further samples without a miss an upper limit needs, given those that were seen; 0 if none."""
+    return max(0, required_samples(q, confidence, misses) - n_samples)
+
+
+def _decided(n: int, misses: int, p_miss: float, confidence: float) -> bool:
+    """Whether P(no more than ``misses`` of n samples miss | each does with probability p_miss) is small enough."""
+    return _tail(n, misses, p_miss) <= (1 - confidence) * (1 + _ROUNDING)
+
+
+def _tail(n: int, k: int, p: float) -> float:
+    """P(Binomial(n, p) <= k), summed in logarithms so that it neither under- nor overflows on the way."""
+    odds = math.log(p) - math.log1p(-p)
+    log_term = n * math.log1p(-p)
+    total = 0.0
+    for i in range(min(k, n) + 1):
+        if log_term > _SMALLEST_LOG:
+            total += math.exp(log_term)
+        if i < n:
+            log_term += math.log((n - i) / (i + 1)) + odds
+    return min(total, 1.0)
+
+
+def _allowed_misses(n: int, p_miss: float, confidence: float) -> int | None:
+    """The largest m with P(Binomial(n, p_miss) <= m) <= 1 - confidence; None if even m = 0 is too likely."""
+    if n == 0 or not _decided(n, 0, p_miss, confidence):
+        return None
+    # P(K <= n * p) is at least a half, so m lies below the mean.
+    allowed, refused = 0, math.ceil(n * p_miss) + 1
+    while refused - allowed > 1:
+        middle = (allowed + refused) // 2
+        if _decided(n, middle, p_miss, confidence):
+            allowed = middle
+        else:
+            refused = middle
+    return allowed
+
+
+def _ordered(samples: Sequence[float]) -> list[float]:
+    ordered = sorted(float(value) for value in samples)
+    if any(math.isnan(value) for value in ordered):
+        raise ValueError("a sample is NaN")
+    return ordered
+
+
+def _check(q: float, confidence: float) -> None:
+    if not 0 < q < 100:
+        raise ValueError(f"q must be a percentage between 0 and 100, not {q}")
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be at least 0.5 and below 1, not {confidence}")

