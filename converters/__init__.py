@@ -1,0 +1,1 @@
+"""Converters: Hugging Face models to artifacts that a bundle carries."""

@@ -1,0 +1,1 @@
+"""Hugging Face language models to GGUF, and GGUF to quantized GGUF."""

@@ -1,0 +1,235 @@
+"""What the user named, a hub id, a folder or a GGUF file, made into a `ModelSource` on this disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from edgeq.converters.checkpoint import Checkpoint
+from edgeq.converters.gguf.header import GgufHeader, read_header
+from edgeq.converters.hub import Progress, download
+from edgeq.errors import SourceError, UnsupportedModelError, UsageError
+from edgeq.ggml_types import TYPES
+from edgeq.types import ModelSource
+
+__all__ = ["resolve", "weight_files", "weights_sha256"]
+
+# Owner and name as the hub allows them: letters, digits, "-", "_" and ".", no double or closing dots and dashes.
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---", re.DOTALL | re.MULTILINE)
+_CHUNK_BYTES = 4 << 20
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+def resolve(
+    ref: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> ModelSource:
+    """Find a model, downloading it if ``ref`` is a hub id, and read what it says about itself.
+
+    A path that exists wins over a hub id of the same spelling. Weights are not read; see `weights_sha256`.
+
+    Args:
+        ref: a hub id (``owner/name``), a folder with config.json and safetensors, or an f32, f16 or bf16 GGUF.
+        revision: of the hub id: branch, tag or commit.
+        token: of the hub; see `edgeq.converters.hub.download`.
+        cache: instead of the hub's own cache folder.
+        progress: called with bytes done, bytes in all and the id while downloading.
+
+    Raises:
+        UsageError: a revision of something that is not on the hub.
+        SourceError: nothing of that name, no permission, no network, or files that are truncated or wrong.
+        UnsupportedModelError: a quantized or split GGUF, pickles, or a checkpoint that edgeq does not read.
+        MissingPackageError: the extra ``convert`` is not installed.
+    """
+    path = Path(ref).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"{ref} is on this disk, so it has no revision", "Leave --revision out")
+        if path.is_dir():
+            return _from_folder(path.resolve(), _named(path))
+        return _from_gguf(path.resolve())
+    if not _HUB_ID.fullmatch(ref) or ref.endswith((".gguf", ".git", ".safetensors")):
+        raise SourceError(
+            f"{ref!r} is neither a folder nor a file here, nor a hub id of the form owner/name",
+            "Check the path, or write the id as on the model's page, such as HuggingFaceTB/SmolLM2-135M-Instruct",
+        )
+    found = download(ref, revision=revision, token=token, cache=cache, progress=progress)
+    return _from_folder(found.folder, ref, revision=found.revision)
+
+
+def weight_files(source: ModelSource) -> tuple[Path, ...]:
+    """The files that hold a source's weights, in the order of their names.
+
+    Raises:
+        SourceError: they are gone, or wrong.
+    """
+    path = Path(source.path)
+    return (path,) if source.format == "gguf" else Checkpoint.open(path).files
+
+
+def weights_sha256(source: ModelSource, progress: Progress | None = None) -> str:
+    """SHA-256 in hex over the bytes of all `weight_files`, one after the other; of one file it is the file's own.
+
+    Args:
+        source: what `resolve` found.
+        progress: called with bytes done, bytes in all and the file's name.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    digest, done = hashlib.sha256(), 0
+    files = weight_files(source)
+    try:
+        total = sum(file.stat().st_size for file in files)
+        for file in files:
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(done, total, file.name)
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename or source.path} cannot be read: {error.strerror}", "Check the disk and permissions"
+        ) from error
+    return digest.hexdigest()
+
+
+def _named(path: Path) -> str:
+    return path.resolve().name or str(path)
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path, name: str, *, revision: str | None = None) -> ModelSource:
+    config = _read_config(folder)
+    checkpoint = Checkpoint.open(folder)
+    return ModelSource(
+        id=name,
+        revision=revision,
+        path=str(folder),
+        format="hf",
+        architecture=_architecture(config, folder),
+        n_params=checkpoint.n_params,
+        dtype=checkpoint.dtype,
+        license=_card_license(folder / "README.md"),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _not_a_model(folder)
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise SourceError(f"{path} is too large for a configuration", "Download the model again")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is no valid JSON ({error})", "Download the model again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds no JSON object", "Download the model again")
+    return config
+
+
+def _not_a_model(folder: Path) -> SourceError:
+    if (folder / "edgeq.json").is_file():
+        return SourceError(f"{folder} is a bundle, not a model", "Give the model that it was made from")
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    if ggufs:
+        return SourceError(f"{folder} has no config.json", f"Give the GGUF itself: {folder / ggufs[0]}")
+    if (folder / "adapter_config.json").is_file():
+        return UnsupportedModelError(
+            f"{folder} is an adapter, not a model",
+            "Merge it into its base model (PEFT's merge_and_unload) and save that",
+        )
+    return SourceError(
+        f"{folder} has no config.json, so it is no Hugging Face model",
+        "Give the folder that save_pretrained wrote, with config.json, safetensors and tokenizer files",
+    )
+
+
+def _architecture(config: dict[str, Any], folder: Path) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise SourceError(
+            f"{folder / 'config.json'} names no architectures",
+            'Add the class of the model, such as "architectures": ["LlamaForCausalLM"]',
+        )
+    return names[0]
+
+
+def _card_license(card: Path) -> str | None:
+    """``license`` of a model card's front matter, or ``license_name`` where that says "other"."""
+    if not card.is_file():
+        return None
+    front = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n"))
+    if front is None:
+        return None
+    keys = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([^\s\"'#]+)", front[1], re.MULTILINE))
+    found: str | None = keys.get("license")
+    return keys.get("license_name", found) if found == "other" else found
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+
+
+def _from_gguf(path: Path) -> ModelSource:
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
+        raise UnsupportedModelError(
+            f"{path} is a pickle, which can run code when it is loaded",
+            "Save the model as safetensors with save_pretrained and give that folder",
+        )
+    if path.suffix == ".safetensors":
+        raise SourceError(f"{path} alone is no model", f"Give its folder: {path.parent}")
+    header = read_header(path)
+    _refuse_unusable(header)
+    weights = _weights_by_type(header)
+    text = header.metadata.get("general.license")
+    return ModelSource(
+        id=path.name,
+        path=str(path),
+        format="gguf",
+        architecture=header.architecture,
+        n_params=weights.total(),
+        dtype=weights.most_common(1)[0][0],
+        license=text if isinstance(text, str) and text else None,
+    )
+
+
+def _refuse_unusable(header: GgufHeader) -> None:
+    count = header.metadata.get("split.count", 0)
+    if isinstance(count, int) and count > 1:
+        raise UnsupportedModelError(
+            f"{header.path} is one of {count} parts of a split GGUF",
+            "Join them first with: llama-gguf-split --merge FIRST_PART JOINED.gguf",
+        )
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model" or not header.tensors:
+        what = "tensors" if kind == "model" else f"model, but a GGUF of type {kind!r}"
+        raise UnsupportedModelError(f"{header.path} holds no {what}", "Give the GGUF of the model itself")
+    quantized = Counter({t: n for t, n in _weights_by_type(header).items() if t not in TYPES or not TYPES[t].is_float})
+    if quantized:
+        kinds = ", ".join(kind for kind, _ in quantized.most_common())
+        raise UnsupportedModelError(
+            f"{header.path} is quantized already ({kinds}); quantizing it again would lose quality twice",
+            "Give the original: an F16, BF16 or F32 GGUF, a Hugging Face folder or a hub id",
+        )
+
+
+def _weights_by_type(header: GgufHeader) -> Counter[str]:
+    weights: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        weights[tensor.type] += tensor.n_params
+    return weights
