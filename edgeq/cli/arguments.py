@@ -1,0 +1,56 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeq.types import Budget
+
+__all__ = ["add_budget_arguments", "add_json_argument", "budget_of", "positive_int"]
+
+
+def positive_int(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        message = f"{text!r} is no whole number above zero"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
+    """One option for each limit; they override those of ``overrides``, line by line."""
+    group = parser.add_argument_group("budget", f"limits; each overrides that of {overrides}")
+    group.add_argument("--max-memory", metavar="SIZE", help="peak memory of the serving process, such as 400MiB")
+    group.add_argument("--max-itl", metavar="TIME", help="inter-token latency, 99th percentile, such as 60ms")
+    group.add_argument("--max-ttft", metavar="TIME", help="time to first token, 95th percentile, such as 1.5s")
+    group.add_argument("--min-tps", metavar="RATE", help="decode speed, median, such as 20tok/s")
+    group.add_argument("--max-load", metavar="TIME", help="time from process start to ready, median, such as 3s")
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    """The budget that `add_budget_arguments` collected; what was not given is None.
+
+    Raises:
+        UsageError: a limit without a number or with a nonsense unit.
+    """
+    from edgeq.types import Budget
+    from edgeq.units import parse_bytes, parse_ms, parse_rate
+
+    return Budget(
+        peak_memory_bytes=None if args.max_memory is None else parse_bytes(args.max_memory),
+        itl_ms=None if args.max_itl is None else parse_ms(args.max_itl),
+        ttft_ms=None if args.max_ttft is None else parse_ms(args.max_ttft),
+        tokens_per_s=None if args.min_tps is None else parse_rate(args.min_tps),
+        load_ms=None if args.max_load is None else parse_ms(args.max_load),
+    )

@@ -1,0 +1,63 @@
+"""``edgeq convert``: a model and a device to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgeq.cli.arguments import add_json_argument
+from edgeq.cli.model_arguments import add_model_arguments, job_from
+
+EXAMPLES = """\
+edgeq convert HuggingFaceTB/SmolLM2-135M-Instruct --target jetson-orin -o smollm2
+edgeq convert ./model --target laptop-cpu --max-memory 400MiB --max-itl 60ms -o bundle
+edgeq convert ./model --target laptop-cpu --quant q4_k_m --tensor-type 'attn_v=q8_0' -o bundle
+edgeq convert ./unknown-model --target laptop-cpu --llama-cpp ~/llama.cpp -o bundle
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="the bundle (default: MODEL-DEVICE here)")
+    parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
+    add_json_argument(parser)
+
+
+def default_output(model: str, target: str) -> Path:
+    """``SmolLM2-135M-Instruct-jetson-orin`` for that model and target."""
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
+    return Path(f"{name}-{Path(target).stem}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was made."""
+    from edgeq.bundle import MANIFEST
+    from edgeq.cli.describe import plan_lines, prediction_lines
+    from edgeq.cli.progress import Progress
+    from edgeq.planner.convert import convert
+
+    out = args.output or default_output(args.model, args.target)
+    job = job_from(args)
+    with Progress(sys.stderr) as progress:
+        bundle = convert(
+            job,
+            out,
+            force=args.force,
+            progress=lambda stage, done, total, detail: progress(done, total, stage),
+        )
+    if args.json:
+        sys.stdout.write((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+        return 0
+    manifest = bundle.manifest
+    lines = [
+        *plan_lines(manifest.plan, manifest.source),
+        "",
+        *prediction_lines(manifest.plan, manifest.budget),
+        "",
+        f"wrote {bundle.path}",
+        f"next: edgeq bench {bundle.path}",
+    ]
+    print("\n".join(lines))
+    return 0

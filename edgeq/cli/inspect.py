@@ -1,0 +1,73 @@
+"""``edgeq inspect``: what a bundle holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.cli.arguments import add_json_argument
+
+if TYPE_CHECKING:
+    from edgeq.bundle import Bundle
+
+EXAMPLES = """\
+edgeq inspect bundle
+edgeq inspect bundle --tensors
+edgeq inspect bundle --json | jq .plan.predicted
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="folder that edgeq convert wrote")
+    parser.add_argument("--tensors", action="store_true", help="list the type of every tensor")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the manifest; nothing is hashed (see ``edgeq verify``)."""
+    from edgeq.bundle import open_bundle
+    from edgeq.cli.describe import plan_lines, prediction_lines, type_lines
+    from edgeq.types import to_json
+
+    bundle = open_bundle(args.bundle)
+    manifest = bundle.manifest
+    if args.json:
+        print(to_json(manifest).decode(), end="")
+        return 0
+    lines = [*_head(bundle), *plan_lines(manifest.plan, manifest.source), ""]
+    if args.tensors:
+        lines += [f"{name}  {kind}" for name, kind in manifest.plan.tensor_types.items()]
+    else:
+        lines += type_lines(manifest.plan)
+    lines += ["", *prediction_lines(manifest.plan, manifest.budget), "", *_checks(bundle)]
+    print("\n".join(lines))
+    return 0
+
+
+def _head(bundle: Bundle) -> list[str]:
+    manifest, source = bundle.manifest, bundle.manifest.source
+    revision = f" at {source.revision}" if source.revision else ""
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    return [
+        f"bundle   {manifest.name} ({manifest.kind}), built for {manifest.built_for} on {manifest.created_utc}",
+        f"source   {source.id}{revision}, licence {source.license or 'not stated'}, sha256 {source.weights_sha256}",
+        f"made by  {tools}",
+    ]
+
+
+def _checks(bundle: Bundle) -> list[str]:
+    from edgeq.units import format_bytes
+
+    manifest = bundle.manifest
+    lines = [f"file     {f.path} ({f.role}), {format_bytes(f.size_bytes)}, sha256 {f.sha256}" for f in manifest.files]
+    if manifest.smoke is not None:
+        smoke = manifest.smoke
+        lines.append(
+            f"check    against the unquantized model over {smoke.tokens} tokens: mean KL {smoke.mean_kld:.4f}, "
+            f"same top token {smoke.top1_agreement:.1%} (proof of life, no measure of quality)"
+        )
+    n_reports = len(list(bundle.reports.glob("*-bench.json"))) if bundle.reports.is_dir() else 0
+    shown = f"edgeq report {bundle.path} shows the latest" if n_reports else f"make one with edgeq bench {bundle.path}"
+    return [*lines, f"reports  {n_reports}; {shown}"]

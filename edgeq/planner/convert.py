@@ -1,0 +1,201 @@
+"""The way of one model through the house: source, plan, weights, checks, bundle.
+
+Everything happens in a staging folder beside the output, which is published by one rename after the last check; a run
+that is killed leaves no bundle, and its staging folder is removed by the next run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edgeq._version import __version__
+from edgeq.bundle import MANIFEST, SCHEMA_VERSION, Bundle, describe_file, open_bundle, write_manifest
+from edgeq.converters.gguf.export import export_gguf, export_skeleton
+from edgeq.converters.gguf.external import export_with_llama_cpp
+from edgeq.converters.gguf.header import read_header
+from edgeq.converters.gguf.quantize import assert_types, quantize
+from edgeq.converters.gguf.recipe import recipe_yaml
+from edgeq.converters.gguf.shape import describe_artifact
+from edgeq.converters.gguf.smoke import smoke_check
+from edgeq.converters.gguf.tokenizer import check_tokenizer
+from edgeq.converters.source import resolve, weights_sha256
+from edgeq.errors import ConversionError, UsageError
+from edgeq.ggml_types import ggml_type
+from edgeq.llama_library import versions
+from edgeq.planner.plan import Request, make_plan
+from edgeq.profiles.loader import load_profile
+from edgeq.staging import publish, refuse_occupied, staging_folder
+from edgeq.types import Budget, DeviceProfile, Manifest, ModelSource, Plan, SmokeCheck, merge_budgets
+
+__all__ = ["Job", "convert", "plan_only"]
+
+Progress = Callable[[str, int, int, str], None]
+
+MODEL_FILE = "model.gguf"
+RECIPE_FILE = "recipe.yaml"
+
+
+def _silent(stage: str, done: int, total: int, detail: str) -> None:
+    """A progress callback for those who want none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One conversion.
+
+    Attributes:
+        model: a hub id, a Hugging Face folder, or a float GGUF.
+        target: a device profile's name or file.
+        budget: overrides the profile's, line by line.
+        request: types, context and KV cache that the user asked for.
+        revision: of a hub id.
+        llama_cpp: a checkout whose converter replaces edgeq's own.
+        threads: for quantizing and checking; 0 for all cores.
+    """
+
+    model: str
+    target: str
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    request: Request = dataclasses.field(default_factory=Request)
+    revision: str | None = None
+    llama_cpp: Path | None = None
+    threads: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decided:
+    """What is known once the plan stands."""
+
+    source: ModelSource
+    profile: DeviceProfile
+    budget: Budget
+    plan: Plan
+    reference: Path | None  # a complete float GGUF, if one had to be there for planning
+
+
+def convert(job: Job, out: Path, *, force: bool = False, progress: Progress = _silent) -> Bundle:
+    """Make a bundle.
+
+    Args:
+        job: what to convert, and for what.
+        out: the bundle's folder; made, or replaced with ``force`` if it holds a bundle.
+        force: replace an existing bundle.
+        progress: told stage, amount done, amount in all, and a detail.
+
+    Raises:
+        EdgeqError: anything that `edgeq.errors` names; nothing is left behind.
+    """
+    refuse_occupied(out, force=force, marker=MANIFEST)
+    source = _resolve(job, progress)
+    with staging_folder(out) as work:
+        decided = _decide(job, source, work, progress)
+        folder = work / "bundle"
+        folder.mkdir()
+        smoke = _write_artifact(job, decided, work, folder / MODEL_FILE, progress)
+        manifest = _describe(decided, smoke, folder, out.absolute().name, progress)
+        write_manifest(folder, manifest)
+        open_bundle(folder, verify=True)
+        publish(folder, out, force=force, marker=MANIFEST)
+    return Bundle(out, manifest)
+
+
+def plan_only(job: Job, work_beside: Path, *, progress: Progress = _silent) -> tuple[ModelSource, DeviceProfile, Plan]:
+    """Decide as `convert` does, and write nothing that stays.
+
+    Args:
+        job: as for `convert`.
+        work_beside: a path in the folder where a skeleton may lie meanwhile.
+        progress: as for `convert`.
+    """
+    source = _resolve(job, progress)
+    with staging_folder(work_beside) as work:
+        decided = _decide(job, source, work, progress)
+    return decided.source, decided.profile, decided.plan
+
+
+def _resolve(job: Job, progress: Progress) -> ModelSource:
+    def download(done: int, total: int, name: str) -> None:
+        progress("download", done, total, name)
+
+    return resolve(job.model, revision=job.revision, progress=download)
+
+
+def _decide(job: Job, source: ModelSource, work: Path, progress: Progress) -> _Decided:
+    profile = load_profile(job.target)
+    budget = merge_budgets(profile.budget, job.budget)
+    progress("plan", 0, 1, profile.name)
+    gguf, reference, notes = _planning_file(job, source, work)
+    plan = make_plan(gguf, profile, budget, job.request, notes=notes)
+    progress("plan", 1, 1, plan.preset or "recipe")
+    return _Decided(source, profile, budget, plan, reference)
+
+
+def _planning_file(job: Job, source: ModelSource, work: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
+    """A GGUF whose header is complete, the same again if its data is too, and what its maker had to say."""
+    path = Path(source.path)
+    if source.format == "gguf":
+        if job.llama_cpp is not None:
+            raise UsageError("--llama-cpp converts Hugging Face folders, and this is a GGUF", "Leave it out")
+        return path, path, ()
+    if job.llama_cpp is not None:
+        out = work / "reference.gguf"
+        export_with_llama_cpp(path, out, job.llama_cpp, float_type=source.dtype)
+        return out, out, (f"converted by the convert_hf_to_gguf.py of {job.llama_cpp.name}",)
+    result = export_skeleton(path, work / "skeleton.gguf")
+    return result.path, None, result.notes
+
+
+def _write_artifact(job: Job, decided: _Decided, work: Path, artifact: Path, progress: Progress) -> SmokeCheck:
+    """Write the model file and prove it: types, size, tokenizer, and behaviour against the reference."""
+    folder = Path(decided.source.path)
+    reference = decided.reference
+    if reference is None:
+        reference = work / "reference.gguf"
+        export_gguf(folder, reference, progress=lambda d, t, n: progress("read weights", d, t, n))
+    quantize(
+        reference,
+        artifact,
+        decided.plan.tensor_types,
+        threads=job.threads,
+        progress=lambda d, t, n: progress("quantize", d, t, n),
+    )
+    assert_types(artifact, decided.plan.tensor_types)
+    expected, found = decided.plan.predicted.file_bytes, artifact.stat().st_size
+    if found != expected:
+        raise ConversionError(
+            f"The model file has {found} bytes, {expected} were predicted", "Report this with the model's name"
+        )
+    if decided.source.format == "hf":
+        progress("check tokenizer", 0, 1, "")
+        check_tokenizer(artifact, folder)
+    progress("check model", 0, 1, "")
+    is_float = all(ggml_type(kind).is_float for kind in decided.plan.tensor_types.values())
+    smoke = smoke_check(reference, artifact, is_float=is_float, threads=job.threads or None)
+    progress("check model", 1, 1, "")
+    return smoke
+
+
+def _describe(decided: _Decided, smoke: SmokeCheck, folder: Path, name: str, progress: Progress) -> Manifest:
+    """The manifest of a finished artifact; writes the recipe beside it."""
+    plan = decided.plan
+    (folder / RECIPE_FILE).write_text(recipe_yaml(plan.tensor_types, plan.preset), encoding="utf-8")
+    sha256 = weights_sha256(decided.source, lambda d, t, n: progress("hash source", d, t, n))
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        source=msgspec.structs.replace(decided.source, weights_sha256=sha256),
+        artifact=describe_artifact(read_header(folder / MODEL_FILE)),
+        plan=plan,
+        files=(describe_file(folder, MODEL_FILE, "model"), describe_file(folder, RECIPE_FILE, "recipe")),
+        smoke=smoke,
+        budget=decided.budget,
+        built_for=decided.profile.name,
+        tools={"edgeq": __version__, **versions(), "gguf": importlib.metadata.version("gguf")},
+        created_utc=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+    )
