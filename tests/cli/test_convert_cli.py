@@ -35,12 +35,13 @@ def cli(capsys: pytest.CaptureFixture[str]) -> RunCli:
     from edgeq.cli import main
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:
+        arguments = [str(a) for a in args]
         try:
-            code = main([str(a) for a in args])
+            code = main(arguments)
         except SystemExit as error:
             code = int(error.code or 0)
         shown = capsys.readouterr()
-        return subprocess.CompletedProcess(args, code, shown.out, shown.err)
+        return subprocess.CompletedProcess(arguments, code, shown.out, shown.err)
 
     return run
 

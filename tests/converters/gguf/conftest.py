@@ -55,7 +55,7 @@ def train_byte_level() -> Callable[..., int]:
         config: Mapping[str, Any] | None = None,
         changes: Mapping[str, Any] | None = None,
     ) -> int:
-        document = {
+        document: dict[str, Any] = {
             "version": "1.0",
             "added_tokens": [],
             "normalizer": None,

@@ -110,6 +110,13 @@ def _old_rope(values: dict[str, Any]) -> None:
     values["torch_dtype"] = values.pop("dtype")
 
 
+def _old_longrope(values: dict[str, Any]) -> None:
+    """LongRoPE under the name that the first Phi-3 models gave it."""
+    values["partial_rotary_factor"] = values["rope_parameters"].pop("partial_rotary_factor")
+    _old_rope(values)
+    values["rope_scaling"]["type"] = "su"
+
+
 def _old_gemma(values: dict[str, Any]) -> None:
     parameters = values.pop("rope_parameters")
     values["rope_theta"] = parameters["full_attention"]["rope_theta"]
@@ -193,11 +200,7 @@ CASES: dict[str, Case] = {
                 "original_max_position_embeddings": 256,
             },
         },
-        rewrite=lambda values: (
-            values.update(partial_rotary_factor=values["rope_parameters"].pop("partial_rotary_factor")),
-            _old_rope(values),
-            values["rope_scaling"].update(type="su"),
-        )[0],
+        rewrite=_old_longrope,
     ),
 }
 
@@ -266,7 +269,7 @@ def _tokens(case: Case) -> list[int]:
 
 
 def _llama_log_probabilities(path: Path, tokens: list[int], context_tokens: int) -> Logits:
-    room = {"batch_tokens": len(tokens), "max_outputs": len(tokens)}
+    room: dict[str, Any] = {"batch_tokens": len(tokens), "max_outputs": len(tokens)}
     # No error but that of the weights and of llama.cpp's own products.
     cache: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "flash_attention": False, "threads": 1}
     with Model.load(path) as model, Context(model, context_tokens=context_tokens, **room, **cache) as context:

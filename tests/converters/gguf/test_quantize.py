@@ -35,8 +35,8 @@ def test_presets_have_llama_cpps_numbers() -> None:
         assert preset.ftype in [getattr(llama_cpp, c) for c in constants if hasattr(llama_cpp, c)]
     assert set(LADDER) <= PRESETS.keys()
     for name, kind in TYPES.items():
-        if (preset := preset_of_type(name)) is not None and not kind.is_float:
-            assert not preset.is_float
+        named = preset_of_type(name)
+        assert named is None or named.is_float == kind.is_float
 
 
 def test_unknown_presets_name_the_nearest() -> None:
