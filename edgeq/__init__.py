@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from edgeq.errors import SourceError as SourceError
     from edgeq.errors import UnsupportedModelError as UnsupportedModelError
     from edgeq.errors import UsageError as UsageError
+    from edgeq.planner.convert import Job as Job
+    from edgeq.planner.convert import convert as convert
+    from edgeq.planner.plan import Request as Request
+    from edgeq.profiles.loader import load_profile as load_profile
     from edgeq.report import Report as Report
     from edgeq.runtime.generation import Generation as Generation
     from edgeq.runtime.generation import Timings as Timings
@@ -66,6 +70,9 @@ _HOMES = {
         "UnsupportedModelError",
         "UsageError",
     ),
+    "edgeq.planner.convert": ("Job", "convert"),
+    "edgeq.planner.plan": ("Request",),
+    "edgeq.profiles.loader": ("load_profile",),
     "edgeq.report": ("Report",),
     "edgeq.runtime.generation": ("Generation", "Timings", "Token"),
     "edgeq.runtime.llm": ("LLMSession",),
@@ -85,6 +92,7 @@ __all__ = [
     "DiskFullError",
     "EdgeqError",
     "Generation",
+    "Job",
     "LLMSession",
     "Manifest",
     "MissingPackageError",
@@ -94,6 +102,7 @@ __all__ = [
     "ProfileError",
     "PromptTooLongError",
     "Report",
+    "Request",
     "SessionClosedError",
     "SessionError",
     "SourceError",
@@ -103,7 +112,9 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "convert",
     "load",
+    "load_profile",
     "open_bundle",
 ]
 

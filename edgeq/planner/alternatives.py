@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from edgeq.converters.gguf.presets import LADDER, PRESETS
@@ -81,12 +80,9 @@ def _weaker_settings(menu: Menu, start: Settings) -> Iterator[tuple[Settings, in
         contexts.append(contexts[-1] // 2)
     for kv_cost, kv_type in enumerate(kv_types):
         for context_cost, context in enumerate(contexts):
-            for ubatch_cost, ubatch in enumerate((start.ubatch_tokens, 128, 32)):
-                if ubatch <= start.ubatch_tokens:
-                    settings = dataclasses.replace(
-                        start, context_tokens=context, kv_type=kv_type, ubatch_tokens=min(ubatch, context)
-                    )
-                    yield settings, kv_cost + context_cost + ubatch_cost
+            for ubatch_cost, ubatch in enumerate((start.ubatch_tokens, -(-start.ubatch_tokens // 4))):
+                settings = Settings(context, kv_type, min(ubatch, context))
+                yield settings, kv_cost + context_cost + ubatch_cost
 
 
 def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:

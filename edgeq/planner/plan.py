@@ -21,7 +21,9 @@ __all__ = ["Chooser", "Request", "largest_that_fits", "make_plan"]
 
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_PROMPT_TOKENS = 128
-DEFAULT_UBATCH_TOKENS = 512
+# Prompt tokens computed at once. A CPU is almost as fast with few, which saves memory and is the grain at which a
+# session reuses a cached prefix and looks at its deadline; a GPU wants many.
+DEFAULT_UBATCH_TOKENS = {"cpu": 128, "cuda": 512}
 
 Chooser = Callable[[Sequence[Candidate], Budget], Candidate | None]
 
@@ -80,7 +82,7 @@ def make_plan(
     """
     menu = Menu(gguf, request.overrides)
     limits = effective_budget(budget, profile)
-    settings = _settings(menu, request)
+    settings = _settings(menu, request, profile)
     presets = [find_preset(request.preset)] if request.preset else [PRESETS[name] for name in LADDER]
     candidates = [menu.candidate(menu.choice(p), settings, profile, request.prompt_tokens) for p in presets]
     chosen = choose(candidates, limits)
@@ -113,7 +115,7 @@ def _why_not(candidate: Candidate, chosen: Candidate, budget: Budget) -> str:
     return f"smaller than the chosen one by {format_bytes(-saved)}" if saved <= 0 else "not chosen"
 
 
-def _settings(menu: Menu, request: Request) -> Settings:
+def _settings(menu: Menu, request: Request, profile: DeviceProfile) -> Settings:
     """The user's settings with defaults, checked against the model."""
     trained = menu.header.integer("context_length")
     context = request.context_tokens or min(trained, DEFAULT_CONTEXT_TOKENS)
@@ -127,4 +129,5 @@ def _settings(menu: Menu, request: Request) -> Settings:
         raise UsageError(
             f"Heads of {menu.shape.key_head_width} values cannot be cached as {kv_type}", "Use --kv-type f16"
         )
-    return Settings(context, kv_type, min(request.ubatch_tokens or DEFAULT_UBATCH_TOKENS, context))
+    ubatch = request.ubatch_tokens or DEFAULT_UBATCH_TOKENS[profile.accelerator.partition(":")[0]]
+    return Settings(context, kv_type, min(ubatch, context))

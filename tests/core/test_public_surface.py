@@ -22,6 +22,7 @@ SURFACE = {
     "DiskFullError",
     "EdgeqError",
     "Generation",
+    "Job",
     "LLMSession",
     "Manifest",
     "MissingPackageError",
@@ -31,6 +32,7 @@ SURFACE = {
     "ProfileError",
     "PromptTooLongError",
     "Report",
+    "Request",
     "SessionClosedError",
     "SessionError",
     "SourceError",
@@ -40,7 +42,9 @@ SURFACE = {
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "convert",
     "load",
+    "load_profile",
     "open_bundle",
 }
 
