@@ -23,6 +23,8 @@ slips, it stops and says why. def area(w: float, h: float) -> float: return w * 
 Q: How far is the charger? A: It is 2.5 m ahead, behind the second door. 12 + 30 = 42, and 7 * 6 = 42 too."""
 
 _MAX_TOKENS = 128
+_CHUNK = 32
+_SINGLE = 4  # at least so many tokens go one by one
 _FLOAT_LIMIT = 1e-2  # mean KL of a float artifact; far above rounding, far below any mistake
 _BLOCK_LIMIT = 4.0  # mean KL of a quantized artifact; beyond it nothing of the model is left
 
@@ -68,13 +70,23 @@ def kl_divergence(p: npt.NDArray[np.float32], q: npt.NDArray[np.float32]) -> flo
 
 
 def _log_probabilities(path: Path, threads: int | None) -> Iterator[npt.NDArray[np.float32]]:
-    """Rows of log-probabilities, float32 of (n_vocab,), one for each position of the text but the first."""
+    """Rows of log-probabilities, float32 of (n_vocab,), one for each position of the text.
+
+    Most of the text goes through in chunks, as a prompt does, and the rest token by token, as an answer does: the two
+    run on different kernels.
+    """
     with Model.load(path, use_mmap=True) as model:
         tokens = model.tokenize(SMOKE_TEXT, add_special=True, parse_special=False)[:_MAX_TOKENS]
-        with Context(model, context_tokens=_MAX_TOKENS, batch_tokens=_MAX_TOKENS, threads=threads) as context:
-            context.decode(tokens[:1], 0, logits="last")
-            for position, token in enumerate(tokens[1:], start=1):
-                context.decode_one(token, position)
+        with Context(
+            model, context_tokens=_MAX_TOKENS, batch_tokens=_CHUNK, threads=threads, max_outputs=_CHUNK
+        ) as context:
+            whole = max(0, len(tokens) - _SINGLE) // _CHUNK * _CHUNK
+            for start in range(0, whole, _CHUNK):
+                context.decode(tokens[start : start + _CHUNK], start, logits="all")
+                for row in context.all_logits():
+                    yield _log_softmax(row, path)
+            for position in range(whole, len(tokens)):
+                context.decode(tokens[position : position + 1], position, logits="last")
                 yield _log_softmax(context.logits(), path)
 
 

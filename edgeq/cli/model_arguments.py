@@ -35,9 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--recipe", type=Path, metavar="FILE", help="YAML with a base preset and overrides")
     plan.add_argument("--context", type=positive_int, metavar="N", help="tokens of prompt and answer (4096)")
     plan.add_argument("--kv-type", metavar="TYPE", help="type of the KV cache: f16 (default), q8_0, q4_0, …")
-    plan.add_argument(
-        "--ubatch", type=positive_int, metavar="N", help="prompt tokens computed at once (CPU 128, GPU 512)"
-    )
+    plan.add_argument("--ubatch", type=positive_int, metavar="N", help="prompt tokens at once (CPU 128, GPU 512)")
     plan.add_argument("--threads", type=positive_int, metavar="N", help="of a session and of the conversion")
     add_budget_arguments(parser, "the profile")
 

@@ -51,8 +51,8 @@ def _killed_runs(model: Path, folder: Path, count: int) -> None:
     assert (out / MANIFEST).is_file()
 
 
-def test_killed_four_times(smollm2_hf: Path, tmp_path: Path) -> None:
-    _killed_runs(smollm2_hf, tmp_path, 4)
+def test_killed_three_times(smollm2_hf: Path, tmp_path: Path) -> None:
+    _killed_runs(smollm2_hf, tmp_path, 3)
 
 
 @pytest.mark.slow

@@ -290,7 +290,7 @@ def test_repetitions_follow_from_the_budget() -> None:
     assert planned_repetitions(conditions(default)) == 10
     assert planned_repetitions(conditions(default, peak_memory_bytes=1, power_w=1)) == 10
     assert planned_repetitions(conditions(default, ttft_ms=1)) == 124  # p95 at 95 % with two misses
-    assert planned_repetitions(conditions(default, itl_ms=1)) == 10  # 628 gaps, 63 of them in each answer
+    assert planned_repetitions(conditions(default, itl_ms=1)) == 21  # 628 gaps, 31 of them in each answer
     assert planned_repetitions(conditions(Workload(output_tokens=11), itl_ms=1)) == 63
     assert planned_repetitions(conditions(default, tokens_per_s=1)) == 11
     assert planned_repetitions(conditions(Workload(repetitions=7), ttft_ms=1)) == 7

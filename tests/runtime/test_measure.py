@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -182,7 +183,9 @@ def test_fingerprint_of_this_machine_and_of_a_jetson(tmp_path: Path) -> None:
 
 def test_profile_of_another_machine(tmp_path: Path) -> None:
     jetson, laptop = load_profile("jetson-orin"), load_profile("laptop-cpu")
-    assert measure.unlike_profile(laptop, "aarch64") is None
+    assert measure.unlike_profile(laptop, "x86_64") is None
+    assert measure.unlike_profile(msgspec.structs.replace(laptop, arch="any"), "aarch64") is None
+    assert "x86_64, this machine is aarch64" in str(measure.unlike_profile(laptop, "aarch64"))
     assert "aarch64, this machine is x86_64" in str(measure.unlike_profile(jetson, "x86_64"))
     assert "no NVIDIA device" in str(measure.unlike_profile(jetson, "aarch64", root=tmp_path))
     assert measure.unlike_profile(jetson, "aarch64", root=lay_out(tmp_path, {"dev/nvgpu": ""})) is None
