@@ -149,8 +149,9 @@ def predict(
         ubatch_tokens: prompt tokens computed at once.
         prompt_tokens: the prompt that the time to first token is for.
 
-    Decoding reads every weight but the rows of the embedding that are not looked up, and half of the KV cache, at the
-    profile's effective bandwidth; a prompt takes two operations for each weight and token.
+    Decoding reads every weight but the rows of the embedding that are not looked up, and the whole KV cache, at the
+    profile's effective bandwidth: the slowest token of a session, not the first. A prompt takes two operations for
+    each weight and token.
     """
     backend = profile.backend
     weights = weights_bytes(shape, types, profile)
@@ -159,7 +160,7 @@ def predict(
     runtime = backend.runtime_bytes + backend.device_overhead_bytes + _VOCAB_BYTES_PER_TOKEN * shape.n_vocab
     read = sum(tensor_bytes(types[n], s) for n, s in shape.tensors.items() if n != EMBEDDING or shape.tied_embedding)
     bandwidth = profile.memory.bandwidth_bytes_per_s * backend.decode_efficiency
-    itl_ms = backend.token_overhead_ms + 1e3 * (read + kv_cache / 2) / bandwidth
+    itl_ms = backend.token_overhead_ms + 1e3 * (read + kv_cache) / bandwidth
     multiplied = sum(math.prod(s) for n, s in shape.tensors.items() if len(s) > 1 and n != EMBEDDING)
     prefill_ms = 1e3 * 2 * multiplied * prompt_tokens / backend.compute_flops_per_s
     return Prediction(

@@ -7,6 +7,8 @@ A profile is YAML with the fields of `edgeq.types.DeviceProfile`. Quantities car
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,10 +18,15 @@ import msgspec
 
 from edgeq.errors import EdgeqError, ProfileError, UsageError
 from edgeq.registry import nearest
+from edgeq.strict_yaml import load_yaml
 from edgeq.types import DeviceProfile
 from edgeq.units import parse_bandwidth, parse_bytes, parse_flops, parse_ms, parse_watts
 
 __all__ = ["load_profile", "parse_profile", "profile_names"]
+
+_ARCHITECTURES = ("x86_64", "aarch64", "any")
+_ACCELERATOR = re.compile(r"cpu|cuda:sm_\d{2,3}")
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 # Longest suffix first: "_bytes_per_s" also ends like a rate, but never like "_bytes".
 _UNITS: tuple[tuple[str, Callable[[str], float]], ...] = (
@@ -82,12 +89,10 @@ def parse_profile(text: str, where: str) -> DeviceProfile:
         ProfileError: no YAML, an unknown or missing key, a quantity without its unit, numbers that contradict each
             other, or a number without a source.
     """
-    import yaml
-
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{where} is no valid YAML: {error}", "Correct the file") from error
+        raw = load_yaml(text, where)
+    except UsageError as error:
+        raise ProfileError(error.cause, error.remedy) from error
     if not isinstance(raw, dict):
         raise ProfileError(f"{where} holds no mapping", "Write keys such as name and memory")
     try:
@@ -115,20 +120,44 @@ def _with_units(value: Any, path: str) -> Any:  # noqa: ANN401 - YAML holds anyt
 
 
 def _check(profile: DeviceProfile, raw: Mapping[str, Any], where: str) -> None:
+    if profile.arch not in _ARCHITECTURES:
+        raise ProfileError(f"{where} has the arch {profile.arch!r}", f"Use one of {', '.join(_ARCHITECTURES)}")
+    if not _ACCELERATOR.fullmatch(profile.accelerator):
+        raise ProfileError(
+            f"{where} has the accelerator {profile.accelerator!r}", "Use cpu, or cuda:sm_87 and its like"
+        )
     if not profile.backends:
         raise ProfileError(f"{where} names no backend", "Add one under backends")
+    _check_range(profile, where)
     memory = profile.memory
     if memory.reserved_bytes >= memory.total_bytes:
         raise ProfileError(f"{where} reserves all of the device's memory", "Correct memory.reserved_bytes")
     limit = profile.budget.peak_memory_bytes
     if limit is not None and limit > memory.usable_bytes:
         raise ProfileError(f"The budget of {where} is larger than its usable memory", "Lower peak_memory_bytes")
-    for backend in profile.backends:
-        if not 0 < backend.decode_efficiency <= 1:
-            raise ProfileError(f"decode_efficiency of {backend.name} in {where} is not in (0, 1]", "Correct it")
     missing = [path for path in _numbers(raw, "") if path not in profile.sources]
     if missing:
         raise ProfileError(f"{where} has no source for {', '.join(missing)}", "Name each under sources")
+
+
+def _check_range(profile: DeviceProfile, where: str) -> None:
+    """Every number is finite and above zero; what is reserved or overhead may be zero, shares end at 1."""
+    numbers: dict[str, float | None] = {
+        "threads": profile.threads,
+        **{f"memory.{name}": value for name, value in msgspec.structs.asdict(profile.memory).items()},
+        **{f"budget.{name}": value for name, value in msgspec.structs.asdict(profile.budget).items()},
+    }
+    for index, backend in enumerate(profile.backends):
+        numbers |= {
+            f"backends.{index}.{name}": v for name, v in msgspec.structs.asdict(backend).items() if name != "name"
+        }
+    for path, value in numbers.items():
+        if value is None or isinstance(value, bool):
+            continue
+        may_be_zero = path.endswith(("reserved_bytes", "overhead_ms", "overhead_bytes"))
+        highest = 1 if path.endswith("efficiency") else _MAX_THREADS if path == "threads" else math.inf
+        if not (value >= 0 if may_be_zero else value > 0) or value > highest or math.isinf(value):
+            raise ProfileError(f"{path} in {where} is {value:g}, which cannot be", "Correct it")
 
 
 def _numbers(value: Any, path: str) -> list[str]:  # noqa: ANN401 - YAML holds anything

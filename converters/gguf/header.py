@@ -83,6 +83,7 @@ class GgufHeader:
         path: the file.
         metadata: key to value; arrays are lists.
         tensors: by name, in the file's order.
+        end: of the header itself, before the padding up to ``data_offset``.
         data_offset: where tensor data starts.
         file_bytes: the file's size.
     """
@@ -90,6 +91,7 @@ class GgufHeader:
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GgufTensor]
+    end: int
     data_offset: int
     file_bytes: int
 
@@ -222,8 +224,7 @@ def _read(cursor: _Cursor, path: Path) -> GgufHeader:
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.fail(f"its alignment is {alignment!r}")
     entries = [_entry(cursor) for _ in range(n_tensors)]
-    data_offset = -(-cursor.position // alignment) * alignment
-    return _checked(cursor, path, metadata, entries, data_offset)
+    return _checked(cursor, path, metadata, entries, alignment)
 
 
 def _entry(cursor: _Cursor) -> GgufTensor:
@@ -235,9 +236,10 @@ def _entry(cursor: _Cursor) -> GgufTensor:
 
 
 def _checked(
-    cursor: _Cursor, path: Path, metadata: dict[str, Value], entries: list[GgufTensor], data_offset: int
+    cursor: _Cursor, path: Path, metadata: dict[str, Value], entries: list[GgufTensor], alignment: int
 ) -> GgufHeader:
     size = path.stat().st_size
+    data_offset = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for entry in entries:
         tensor = dataclasses.replace(entry, offset=data_offset + entry.offset)
@@ -247,4 +249,4 @@ def _checked(
         if end > size:
             raise cursor.fail(f"tensor {entry.name!r} ends at byte {end}, the file at {size}: it is truncated")
         tensors[entry.name] = tensor
-    return GgufHeader(path, metadata, tensors, data_offset, size)
+    return GgufHeader(path, metadata, tensors, cursor.position, data_offset, size)

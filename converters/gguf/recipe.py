@@ -19,6 +19,7 @@ import msgspec
 
 from edgeq.errors import UsageError
 from edgeq.ggml_types import ggml_type
+from edgeq.strict_yaml import load_yaml
 
 __all__ = ["Override", "Recipe", "apply_overrides", "parse_override", "read_recipe", "recipe_yaml"]
 
@@ -71,15 +72,12 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UsageError: it cannot be read, is no YAML, has an unknown key, or one of its overrides is wrong.
     """
-    import yaml
-
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        recipe = msgspec.convert(raw, Recipe)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The recipe {path} cannot be read: {error}", "Check the path") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"The recipe {path} is no valid YAML: {error}", "Correct the file") from error
+    try:
+        recipe = msgspec.convert(load_yaml(text, f"The recipe {path}"), Recipe)
     except msgspec.ValidationError as error:
         raise UsageError(
             f"The recipe {path} is not valid: {error}", "Use the keys version, base and overrides"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from edgeq.converters.gguf.presets import LADDER, PRESETS
@@ -16,6 +17,9 @@ __all__ = ["infeasible"]
 
 _SMALLEST_CONTEXT = 256
 _SHOWN = 4
+_ALL_PRESETS = tuple(
+    name for name, preset in PRESETS.items() if not preset.needs_imatrix
+)  # from the largest to the smallest
 
 
 def infeasible(
@@ -32,57 +36,71 @@ def infeasible(
     """
     nearest = min(candidates, key=lambda c: sum(m.excess for m in misses(c.predicted, budget)))
     missed = "; ".join(str(miss) for miss in misses(nearest.predicted, budget))
-    fitting = _closest(menu, candidates, budget, profile, prompt_tokens)
     cause = f"No plan meets the budget on {profile.name}: the closest, {nearest.label}, has {missed}"
-    if fitting:
-        details = tuple(_describe(c) for c in fitting)
-        return BudgetError(cause, f"Take one of these, or raise the limit: {details[0]}", details=details)
-    return BudgetError(cause, "Raise the limit, or take a smaller model; no smaller type, KV cache or context helps")
+    search = _Search(menu, candidates, budget, profile, prompt_tokens)
+    # First what costs little quality; everything else only if that does not help.
+    for presets, kv_types in ((LADDER, ("q8_0",)), (_ALL_PRESETS, ("q8_0", "q4_0"))):
+        if fitting := search.run(presets, kv_types):
+            details = tuple(_describe(c) for c in fitting)
+            return BudgetError(cause, f"Take one of these, or raise the limit: {details[0]}", details=details)
+    return BudgetError(
+        cause,
+        f"Raise the limit, or take a smaller model; no preset down to {_ALL_PRESETS[-1]}, no KV cache down to q4_0 and "
+        f"no context down to {_SMALLEST_CONTEXT} tokens helps",
+    )
 
 
-def _closest(
-    menu: Menu, candidates: Sequence[Candidate], budget: Budget, profile: DeviceProfile, prompt_tokens: int
-) -> list[Candidate]:
-    """Plans that fit, those that give up least first."""
-    start = candidates[0].settings
-    tried = {c.choice.name for c in candidates}
-    found: list[tuple[int, Candidate]] = []
-    for choice, is_smaller in _choices(menu, candidates, tried):
-        for settings, given_up in _weaker_settings(menu, start):
-            candidate = menu.candidate(choice, settings, profile, prompt_tokens)
-            if not misses(candidate.predicted, budget):
-                found.append((given_up + 2 * is_smaller, candidate))
-    found.sort(key=lambda item: (item[0], -item[1].settings.context_tokens, -item[1].predicted.file_bytes))
-    return _undominated([candidate for _, candidate in found])[:_SHOWN]
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """Where alternatives are looked for; the fields are the arguments of `infeasible`."""
 
+    menu: Menu
+    candidates: Sequence[Candidate]
+    budget: Budget
+    profile: DeviceProfile
+    prompt_tokens: int
 
-def _choices(menu: Menu, candidates: Sequence[Candidate], tried: set[str]) -> Iterator[tuple[Choice, bool]]:
-    """The user's own types first, then smaller presets."""
-    largest = max(c.predicted.file_bytes for c in candidates)
-    for candidate in candidates:
-        yield candidate.choice, False
-    if len(candidates) > 1:
-        return
-    for name in LADDER:
-        try:
-            choice = menu.choice(PRESETS[name])
-        except UsageError:  # an override that only the asked preset can take
-            continue
-        if choice.name not in tried and file_bytes(menu.shape, choice.types) < largest:
-            yield choice, True
+    def run(self, presets: Sequence[str], kv_types: Sequence[str]) -> list[Candidate]:
+        """Plans that fit, those that give up least first."""
+        found: list[tuple[int, Candidate]] = []
+        for choice, given_up in self._choices(presets):
+            for settings, weaker_by in self._settings(kv_types):
+                candidate = self.menu.candidate(choice, settings, self.profile, self.prompt_tokens)
+                if not misses(candidate.predicted, self.budget):
+                    found.append((given_up + weaker_by, candidate))
+        found.sort(key=lambda item: (item[0], -item[1].settings.context_tokens, -item[1].predicted.file_bytes))
+        return _undominated([candidate for _, candidate in found])[:_SHOWN]
 
+    def _choices(self, presets: Sequence[str]) -> Iterator[tuple[Choice, int]]:
+        """The types that were tried, then smaller presets."""
+        tried = {c.choice.name for c in self.candidates}
+        largest = max(c.predicted.file_bytes for c in self.candidates)
+        for candidate in self.candidates:
+            yield candidate.choice, 0
+        for name in presets:
+            try:
+                choice = self.menu.choice(PRESETS[name])
+            except UsageError:  # an override that only the asked preset can take
+                continue
+            if choice.name not in tried and file_bytes(self.menu.shape, choice.types) < largest:
+                yield choice, 2
 
-def _weaker_settings(menu: Menu, start: Settings) -> Iterator[tuple[Settings, int]]:
-    """Settings that ask for less memory, with a count of what is given up."""
-    kv_types = [start.kv_type] + (["q8_0"] if start.kv_type != "q8_0" and menu.allows_kv_type("q8_0") else [])
-    contexts = [start.context_tokens]
-    while contexts[-1] // 2 >= _SMALLEST_CONTEXT:
-        contexts.append(contexts[-1] // 2)
-    for kv_cost, kv_type in enumerate(kv_types):
-        for context_cost, context in enumerate(contexts):
-            for ubatch_cost, ubatch in enumerate((start.ubatch_tokens, -(-start.ubatch_tokens // 4))):
-                settings = Settings(context, kv_type, min(ubatch, context))
-                yield settings, kv_cost + context_cost + ubatch_cost
+    def _settings(self, kv_types: Sequence[str]) -> Iterator[tuple[Settings, int]]:
+        """Settings that ask for less memory, with a count of what is given up."""
+        start = self.candidates[0].settings
+        bits = ggml_type(start.kv_type).bits_per_weight
+        smaller = [
+            name for name in kv_types if ggml_type(name).bits_per_weight < bits and self.menu.allows_kv_type(name)
+        ]
+        contexts = [start.context_tokens]
+        while contexts[-1] // 2 >= _SMALLEST_CONTEXT:
+            contexts.append(contexts[-1] // 2)
+        ubatches = (start.ubatch_tokens, -(-start.ubatch_tokens // 4))
+        for kv_cost, kv_type in enumerate([start.kv_type, *smaller]):
+            for context_cost, context in enumerate(contexts):
+                for ubatch_cost, ubatch in enumerate(ubatches):
+                    settings = Settings(context, kv_type, min(ubatch, context))
+                    yield settings, kv_cost + context_cost + ubatch_cost
 
 
 def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:

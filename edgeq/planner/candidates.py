@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.gguf.presets import Preset
 from edgeq.converters.gguf.quantize import preview, quantizable_tensors
@@ -143,14 +145,8 @@ class Menu:
 def effective_budget(budget: Budget, profile: DeviceProfile) -> Budget:
     """The budget with memory limited to what the device has to give."""
     usable = profile.memory.usable_bytes
-    limit = min(usable, budget.peak_memory_bytes or usable)
-    return Budget(
-        peak_memory_bytes=limit,
-        load_ms=budget.load_ms,
-        ttft_ms=budget.ttft_ms,
-        itl_ms=budget.itl_ms,
-        tokens_per_s=budget.tokens_per_s,
-    )
+    limit = usable if budget.peak_memory_bytes is None else min(usable, budget.peak_memory_bytes)
+    return msgspec.structs.replace(budget, peak_memory_bytes=limit)
 
 
 def misses(predicted: Prediction, budget: Budget) -> list[Miss]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from edgeq.converters.gguf.presets import LADDER, PRESETS, find_preset
 from edgeq.converters.gguf.recipe import Override
 from edgeq.errors import UsageError
+from edgeq.llama import KV_TYPES
 from edgeq.planner.alternatives import infeasible
 from edgeq.planner.candidates import Candidate, Menu, Settings, effective_budget, misses
 from edgeq.types import Budget, DeviceProfile, Plan, Rejection
@@ -125,6 +126,8 @@ def _settings(menu: Menu, request: Request, profile: DeviceProfile) -> Settings:
             f"Use --context {trained} or less",
         )
     kv_type = (request.kv_type or "f16").lower()
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"{kv_type!r} is no type of a KV cache", f"Choose one of {', '.join(KV_TYPES)}")
     if not menu.allows_kv_type(kv_type):
         raise UsageError(
             f"Heads of {menu.shape.key_head_width} values cannot be cached as {kv_type}", "Use --kv-type f16"

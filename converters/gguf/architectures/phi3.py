@@ -12,7 +12,7 @@ from edgeq.converters.gguf.config import ModelConfig
 
 __all__ = ["ARCHITECTURE"]
 
-_ROPE_KINDS = ("default", "linear", "longrope")
+_ROPE_KINDS = ("default", "longrope")
 
 
 def _settings(config: ModelConfig, dims: Dims) -> Settings:

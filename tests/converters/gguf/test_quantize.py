@@ -52,7 +52,7 @@ def test_a_preview_of_the_skeleton_is_what_gets_written(
     name: str, skeleton: Path, source: Path, tmp_path: Path
 ) -> None:
     expected = preview(skeleton, PRESETS[name])
-    if name not in ("q4_k_m", "q4_0", "f16"):  # three are enough to write; all are previewed on both files
+    if name != "q4_k_m":  # one is enough to write; all are previewed on both files
         assert preview(source, PRESETS[name]) == expected
         return
     out = tmp_path / "out.gguf"
@@ -100,7 +100,8 @@ def test_any_mix_is_written_as_asked_floats_too(source: Path, tmp_path: Path) ->
     assert {name: tensor.type for name, tensor in header.tensors.items()} == types
     padded = sum(-(-tensor_bytes(types[n], t.shape) // 32) * 32 for n, t in header.tensors.items())
     assert header.file_bytes == header.data_offset + padded
-    assert all(done <= total == 272 for done, total, _ in seen)
+    assert seen
+    assert all(0 < done <= total == 272 for done, total, _ in seen)
 
 
 def test_a_uniform_float_file_that_is_not_the_sources_type(source: Path, tmp_path: Path) -> None:
@@ -118,8 +119,7 @@ def test_a_file_that_differs_from_the_plan_names_the_tensor(source: Path) -> Non
         assert_types(source, {**types, "ghost": "q8_0"})
 
 
-def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, skeleton: Path) -> None:
-    del skeleton
+def test_what_llama_cpp_refuses_is_one_line_and_nothing_stays(tmp_path: Path) -> None:
     source = tmp_path / "nan.gguf"
     writer = gguf.GGUFWriter(source, "llama")
     for add, value in (
@@ -140,7 +140,7 @@ def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, skeleton: Pat
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConversionError, match=r"llama\.cpp refused"):
+    with pytest.raises(ConversionError, match="has invalid data"):
         quantize(source, tmp_path / "out.gguf", {"blk.0.ffn_down.weight": "q8_0"})
     assert not (tmp_path / "out.gguf").exists()
 
