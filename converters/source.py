@@ -50,13 +50,16 @@ def resolve(
         UnsupportedModelError: a quantized or split GGUF, pickles, or a checkpoint that edgeq does not read.
         MissingPackageError: the extra ``convert`` is not installed.
     """
-    path = Path(ref).expanduser()
-    if path.exists():
+    path = _on_this_disk(ref)
+    if path is not None:
         if revision is not None:
             raise UsageError(f"{ref} is on this disk, so it has no revision", "Leave --revision out")
-        if path.is_dir():
-            return _from_folder(path.resolve(), _named(path))
-        return _from_gguf(path.resolve())
+        try:
+            if path.is_dir():
+                return _from_folder(path.resolve(), _named(path))
+            return _from_gguf(path.resolve())
+        except OSError as error:
+            raise _unreadable(error, path) from error
     if not _HUB_ID.fullmatch(ref) or ref.endswith((".gguf", ".git", ".safetensors")):
         raise SourceError(
             f"{ref!r} is neither a folder nor a file here, nor a hub id of the form owner/name",
@@ -64,6 +67,27 @@ def resolve(
         )
     found = download(ref, revision=revision, token=token, cache=cache, progress=progress)
     return _from_folder(found.folder, ref, revision=found.revision)
+
+
+def _on_this_disk(ref: str) -> Path | None:
+    """The file or folder of that name, or None if there is none."""
+    try:
+        path = Path(ref).expanduser()
+        if not path.exists():
+            return None
+        str(path.resolve()).encode()
+    except OSError as error:
+        raise _unreadable(error, Path(ref)) from error
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{ref!r} is no valid UTF-8", "Rename it; a manifest names its source") from error
+    except (RuntimeError, ValueError) as error:
+        raise SourceError(f"{ref!r} is no path: {error}", "Check the path") from error
+    return path
+
+
+def _unreadable(error: OSError, path: Path) -> SourceError:
+    name = str(error.filename or path)
+    return SourceError(f"{name[:200]} cannot be read: {error.strerror}", "Check the path, its permissions and the disk")
 
 
 def weight_files(source: ModelSource) -> tuple[Path, ...]:
@@ -98,9 +122,7 @@ def weights_sha256(source: ModelSource, progress: Progress | None = None) -> str
                     if progress is not None:
                         progress(done, total, file.name)
     except OSError as error:
-        raise SourceError(
-            f"{error.filename or source.path} cannot be read: {error.strerror}", "Check the disk and permissions"
-        ) from error
+        raise _unreadable(error, Path(source.path)) from error
     return digest.hexdigest()
 
 

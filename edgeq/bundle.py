@@ -6,14 +6,17 @@ folder, and nothing in it is believed before it was compared with the files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import msgspec
 
-from edgeq.errors import BundleError
+from edgeq.errors import BundleError, OutputExistsError
 from edgeq.types import BundleFile, Manifest, from_json, to_json
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "describe_file",
     "hash_file",
     "open_bundle",
+    "refuse_strangers",
     "write_manifest",
 ]
 
@@ -71,16 +75,37 @@ class Bundle:
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hexadecimal text; ``progress`` is told the bytes of each piece."""
+    """SHA-256 of a file as hexadecimal text; ``progress`` is told the bytes of each piece.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
     digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+        if progress is not None:
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[memoryview]:
+    """A file piece by piece, in one buffer; as a generator, so that no error of its caller is taken for the file's."""
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
+    with _readable(path), path.open("rb", buffering=0) as file:
         while n_read := file.readinto(buffer):
-            digest.update(view[:n_read])
-            if progress is not None:
-                progress(n_read)
-    return digest.hexdigest()
+            yield view[:n_read]
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn every refusal of the system inside into a `BundleError`."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or path} cannot be read: {error.strerror}", "Check the path and its permissions"
+        ) from error
 
 
 def describe_file(folder: Path, relative: str, role: str) -> BundleFile:
@@ -100,7 +125,7 @@ def open_bundle(path: str | Path, *, verify: bool = False, progress: Progress | 
     Args:
         path: the bundle's folder.
         verify: also hash every file and look for files that the manifest does not name; otherwise only that each file
-            is there with its size.
+            is there with its size. Empty folders count as nothing.
         progress: called with bytes done, bytes in all, and the file's name while hashing.
 
     Raises:
@@ -108,17 +133,34 @@ def open_bundle(path: str | Path, *, verify: bool = False, progress: Progress | 
             contents that differ from the manifest.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
-    for entry in manifest.files:
-        _check_entry(folder, entry)
+    with _readable(folder):
+        manifest = _read_manifest(folder)
+        for entry in manifest.files:
+            _check_entry(folder, entry)
     if verify:
         _check_hashes(folder, manifest, progress)
         _check_strangers(folder, manifest)
     return Bundle(folder, manifest)
 
 
+def refuse_strangers(folder: Path) -> None:
+    """Refuse the folder of a bundle that may not be deleted: one that holds more than the bundle and its reports.
+
+    Raises:
+        OutputExistsError: it holds some other file, or cannot be judged since it or its manifest cannot be read.
+    """
+    remedy = "Choose another output with -o, or move it away yourself"
+    try:
+        with _readable(folder):
+            stranger = next(_strangers(folder, _read_manifest(folder)), None)
+    except BundleError as error:
+        raise OutputExistsError(f"What --force would delete cannot be told: {error.cause}", remedy) from error
+    if stranger is not None:
+        raise OutputExistsError(f"{stranger} is no part of the bundle there, and --force would delete it", remedy)
+
+
 class _Version(msgspec.Struct):
-    schema_version: int = 0
+    schema_version: Annotated[int, msgspec.Meta(ge=1)]
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -138,9 +180,7 @@ def _read_manifest(folder: Path) -> Manifest:
                 "Update it with: pip install --upgrade edgeq",
             )
         return from_json(data, Manifest)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is no valid manifest: {error}", "Convert the model again") from error
 
 
@@ -154,7 +194,8 @@ def _check_entry(folder: Path, entry: BundleFile) -> None:
         and "\0" not in entry.path
     )
     path = folder / entry.path
-    if not inside or not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
+    # realpath, since Path.resolve raises RuntimeError for a loop of links before Python 3.13.
+    if not inside or not _real(path).is_relative_to(_real(folder)) or path.is_symlink():
         raise BundleError(
             f"The manifest of {folder} names {entry.path!r}, which leaves the bundle",
             "Do not use this bundle; get it again from where it was made",
@@ -167,6 +208,10 @@ def _check_entry(folder: Path, entry: BundleFile) -> None:
             f"{path} has {size} bytes, its manifest says {entry.size_bytes}",
             "Copy the bundle again, or convert the model again",
         )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _check_hashes(folder: Path, manifest: Manifest, progress: Progress | None) -> None:
@@ -189,10 +234,23 @@ def _check_hashes(folder: Path, manifest: Manifest, progress: Progress | None) -
 
 
 def _check_strangers(folder: Path, manifest: Manifest) -> None:
-    known = {entry.path for entry in manifest.files} | {MANIFEST}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder).as_posix()
-        if relative.split("/")[0] == REPORTS or path.is_dir():
-            continue
-        if relative not in known:
+    with _readable(folder):
+        for path in _strangers(folder, manifest):
             raise BundleError(f"{path} is not named in the manifest", "Remove it, or convert the model again")
+
+
+def _strangers(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """Files and links that are neither in the manifest nor reports; a folder that cannot be searched is an OSError."""
+    known = {entry.path for entry in manifest.files} | {MANIFEST}
+    for where, folders, files in os.walk(folder, onerror=_raise):
+        here = Path(where)
+        if here == folder and REPORTS in folders:
+            folders.remove(REPORTS)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in sorted([*files, *links]):
+            if (here / name).relative_to(folder).as_posix() not in known:
+                yield here / name
+
+
+def _raise(error: OSError) -> None:
+    raise error

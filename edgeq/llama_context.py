@@ -12,7 +12,7 @@ import numpy.typing as npt
 from edgeq.errors import SessionError, UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.llama_handle import Handle, buffer_bytes
-from edgeq.llama_library import capture_log, default_threads, library
+from edgeq.llama_library import capture_log, check_threads, default_threads, interruptible, library
 from edgeq.llama_model import Model
 
 __all__ = ["KV_TYPES", "Context"]
@@ -65,6 +65,7 @@ class Context(Handle):
 
         Raises:
             SessionError: too little memory, or types that the model cannot take.
+            UsageError: a type that no cache has, or a number of threads that llama.cpp cannot have.
         """
         self._lib = lib = library()
         for name in (type_k, type_v):
@@ -76,7 +77,7 @@ class Context(Handle):
         params.n_ctx, params.n_seq_max = context_tokens, 1
         params.n_batch, params.n_ubatch = batch_tokens, min(ubatch_tokens, batch_tokens)
         params.n_outputs_max = max_outputs
-        params.n_threads = params.n_threads_batch = threads or default_threads()
+        params.n_threads = params.n_threads_batch = check_threads(threads or default_threads())
         params.type_k, params.type_v = ggml_type(type_k).id, ggml_type(type_v).id
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else 0
         params.no_perf = True
@@ -87,7 +88,10 @@ class Context(Handle):
         params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
         params.abort_callback_data = ctypes.addressof(self._interrupt_flag)
         with capture_log() as log:
-            pointer = lib.llama_init_from_model(model.pointer, params)
+            pointer = interruptible(
+                lambda: lib.llama_init_from_model(model.pointer, params),
+                undo=lambda made: lib.llama_free(made) if made else None,
+            )
         if not pointer:
             raise SessionError(
                 f"no context of {context_tokens} tokens for {model.path.name}: {log.cause('llama.cpp gave no reason')}",

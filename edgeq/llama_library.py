@@ -2,32 +2,54 @@
 
 llama.cpp reports the reason of a failure only through its log, and prints that log to stderr unless told otherwise.
 Here the log goes to whoever captures it on the thread that made the call, and nowhere else.
+
+Python's signal handlers run between two bytecodes of the main thread. While that thread is in C, the only bytecodes are
+those of a callback such as the log's, and what a callback raises is lost: C cannot pass it on. So long calls run on a
+thread of their own (`interruptible`), and without a capture the log never enters Python.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from edgeq.errors import require_package
+from edgeq.errors import UsageError, require_package
 
-__all__ = ["CapturedLog", "capture_log", "default_threads", "library", "system_info", "versions"]
+__all__ = [
+    "MAX_THREADS",
+    "CapturedLog",
+    "capture_log",
+    "check_threads",
+    "default_threads",
+    "interruptible",
+    "library",
+    "system_info",
+    "versions",
+]
+
+T = TypeVar("T")
+
+# GGML_MAX_N_THREADS in ggml.h; llama.cpp ends the process with more.
+MAX_THREADS = 512
 
 # enum ggml_log_level in ggml.h
 _ERROR_LEVEL = 4
 _CONTINUED_LEVEL = 5
 
+_POLL_S = 0.2
+
 _captures = threading.local()
-# C keeps the bare pointer of the callback, so Python must keep the object for as long as the process lives.
-_log_callback: Any = None
+_switch = threading.Lock()
+_n_captures = 0
 
 
 class CapturedLog(list[str]):
@@ -35,11 +57,13 @@ class CapturedLog(list[str]):
 
     Attributes:
         errors: the lines of level error among them.
+        failure: what kept a line from being collected, to be raised when the capture ends.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.errors: list[str] = []
+        self.failure: BaseException | None = None
         self._level = 0
         self._open = False
 
@@ -75,16 +99,101 @@ def capture_log() -> Iterator[CapturedLog]:
     stack: list[CapturedLog] = _captures.__dict__.setdefault("stack", [])
     captured = CapturedLog()
     stack.append(captured)
+    _listen(1)
     try:
         yield captured
     finally:
+        _listen(-1)
         stack.remove(captured)
+    if captured.failure is not None:
+        raise captured.failure
+
+
+def _listen(change: int) -> None:
+    """Count the captures, and let the log into Python only while there are any."""
+    global _n_captures  # noqa: PLW0603 - llama.cpp has one log
+    lib = library()
+    with _switch:
+        _n_captures += change
+        lib.llama_log_set(_callback() if _n_captures else _silence(), None)
 
 
 def _on_log(level: int, text: bytes, _user_data: int | None) -> None:
     stack: list[CapturedLog] = _captures.__dict__.get("stack", [])
     if stack:
-        stack[-1]._write(level, text.decode("utf-8", errors="replace"))  # noqa: SLF001 - one module
+        try:
+            stack[-1]._write(level, text.decode("utf-8", errors="replace"))  # noqa: SLF001 - one module
+        except BaseException as error:  # noqa: BLE001 - raised where it can be: at the end of the capture
+            stack[-1].failure = error
+
+
+# C keeps bare pointers of callbacks, so Python must keep the objects for as long as the process lives.
+@functools.cache
+def _callback() -> Any:  # noqa: ANN401 - a ctypes function
+    return _bindings().llama_log_callback(_on_log)
+
+
+@functools.cache
+def _silence() -> Any:  # noqa: ANN401 - a ctypes function
+    """A C function that may be called as a log callback and does nothing: ``abs`` looks at its first argument only."""
+    return ctypes.cast(ctypes.CDLL(None).abs, _bindings().llama_log_callback)
+
+
+def interruptible(
+    call: Callable[[], T],
+    *,
+    poll: Callable[[], None] | None = None,
+    stop: Callable[[], None] | None = None,
+    undo: Callable[[T], None] | None = None,
+) -> T:
+    """Make a long call of C on another thread, so that an exception of a signal is raised here at once.
+
+    Captures of the log follow the call.
+
+    Args:
+        call: what to do; its exceptions are raised here.
+        poll: called every fifth of a second meanwhile.
+        stop: makes the call end early.
+        undo: given its result if this is interrupted and the call comes to its end nevertheless. With ``undo`` an
+            interrupt waits for that end, as it must where the call uses what the caller is about to free; without,
+            the call is left to itself and its result is dropped.
+    """
+    stack: list[CapturedLog] = list(_captures.__dict__.get("stack", []))
+    results: list[T] = []
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        _captures.stack = stack
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failures.append(error)
+        finally:
+            done.set()
+
+    worker = threading.Thread(target=work, name="edgeq-llama.cpp")
+    try:
+        worker.start()
+        while not done.wait(_POLL_S):
+            if poll is not None:
+                poll()
+    except BaseException:
+        if stop is not None:
+            stop()
+        if undo is not None and (worker.is_alive() or done.is_set()):
+            done.wait()
+            for result in results:
+                undo(result)
+        raise
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def _bindings() -> ModuleType:
+    require_package("llama_cpp", "cpu", "to run and to quantize GGUF models")
+    return importlib.import_module("llama_cpp.llama_cpp")
 
 
 @functools.cache
@@ -94,11 +203,8 @@ def library() -> ModuleType:
     Raises:
         MissingPackageError: llama-cpp-python is not installed, or its shared library does not load.
     """
-    require_package("llama_cpp", "cpu", "to run and to quantize GGUF models")
-    lib = importlib.import_module("llama_cpp.llama_cpp")
-    global _log_callback  # noqa: PLW0603 - see its definition
-    _log_callback = lib.llama_log_callback(_on_log)
-    lib.llama_log_set(_log_callback, None)
+    lib = _bindings()
+    lib.llama_log_set(_silence(), None)
     lib.llama_backend_init()
     return lib
 
@@ -113,6 +219,17 @@ def versions() -> dict[str, str]:
 def system_info() -> str:
     """What llama.cpp was compiled for and found here, such as ``CPU : AVX2 = 1 | REPACK = 1``."""
     return str(library().llama_print_system_info().decode()).strip(" |")
+
+
+def check_threads(threads: int) -> int:
+    """The same number of threads.
+
+    Raises:
+        UsageError: less than 1, or more than llama.cpp can have.
+    """
+    if not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"{threads} threads make no sense", f"Choose from 1 to {MAX_THREADS}")
+    return threads
 
 
 def default_threads() -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from edgeq.errors import SessionError, UsageError
 from edgeq.llama_handle import Handle, buffer_bytes
-from edgeq.llama_library import CapturedLog, capture_log, library
+from edgeq.llama_library import CapturedLog, capture_log, interruptible, library
 
 __all__ = ["Model"]
 
@@ -87,8 +89,14 @@ class Model(Handle):
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = use_extra_bufts
         params.vocab_only = vocab_only
+        interrupted = threading.Event()
+        params.progress_callback = lib.llama_progress_callback(lambda _share, _data: not interrupted.is_set())
         with capture_log() as log:
-            pointer = lib.llama_model_load_from_file(str(path).encode(), params)
+            pointer = interruptible(
+                lambda: lib.llama_model_load_from_file(os.fsencode(path), params),
+                stop=interrupted.set,
+                undo=lambda loaded: lib.llama_model_free(loaded) if loaded else None,
+            )
         if not pointer:
             cause = log.cause("llama.cpp gave no reason")
             raise SessionError(

@@ -6,7 +6,8 @@ known is an error, because a misspelt budget that is silently ignored would be a
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -33,6 +34,13 @@ __all__ = [
 
 T = TypeVar("T")
 
+# Limits of what is read back: a manifest is untrusted, and llama.cpp is told its numbers as 32-bit integers.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Threads = Annotated[int, msgspec.Meta(ge=1, le=512)]  # GGML_MAX_N_THREADS
+_Layers = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+_Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every record: immutable, keyword-only, strict about keys."""
@@ -58,7 +66,7 @@ class ModelSource(_Record, frozen=True, kw_only=True):
     path: str
     format: Literal["hf", "gguf"]
     architecture: str
-    n_params: int
+    n_params: _Count
     dtype: str
     weights_sha256: str | None = None
     license: str | None = None
@@ -108,7 +116,7 @@ class Budget(_Record, frozen=True, kw_only=True, omit_defaults=True):
         power_w: mean over the run.
     """
 
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: _Count | None = None
     load_ms: float | None = None
     ttft_ms: float | None = None
     itl_ms: float | None = None
@@ -242,22 +250,22 @@ class Prediction(_Record, frozen=True, kw_only=True):
         compute_bytes: scratch of the graph.
         runtime_bytes: interpreter, libraries, driver.
         peak_memory_bytes: the sum.
-        itl_ms: mean time between tokens with the context half full.
+        itl_ms: mean time between tokens when the context is full.
         tokens_per_s: its inverse.
         ttft_ms: for a prompt of ``prompt_tokens``.
         prompt_tokens: the prompt that ``ttft_ms`` is for.
     """
 
-    file_bytes: int
-    weights_bytes: int
-    kv_cache_bytes: int
-    compute_bytes: int
-    runtime_bytes: int
-    peak_memory_bytes: int
+    file_bytes: _Count
+    weights_bytes: _Count
+    kv_cache_bytes: _Count
+    compute_bytes: _Count
+    runtime_bytes: _Count
+    peak_memory_bytes: _Count
     itl_ms: float
     tokens_per_s: float
     ttft_ms: float
-    prompt_tokens: int
+    prompt_tokens: _Count
 
 
 class Plan(_Record, frozen=True, kw_only=True):
@@ -273,7 +281,7 @@ class Plan(_Record, frozen=True, kw_only=True):
         kv_type_v: type of the value cache; a quantized one needs flash attention.
         flash_attention: whether it is switched on.
         ubatch_tokens: prompt tokens computed at once.
-        threads: None leaves it to the machine's physical cores.
+        threads: 1 to 512; None leaves it to the machine's physical cores.
         gpu_layers: layers on the accelerator; -1 for all.
         predicted: what it will take on the target.
         rejected: alternatives and why they were not chosen.
@@ -284,13 +292,13 @@ class Plan(_Record, frozen=True, kw_only=True):
     preset: str | None = None
     tensor_types: dict[str, str]
     fallbacks: tuple[Fallback, ...] = ()
-    context_tokens: int
+    context_tokens: _Tokens
     kv_type_k: str = "f16"
     kv_type_v: str = "f16"
     flash_attention: bool = True
-    ubatch_tokens: int
-    threads: int | None = None
-    gpu_layers: int = 0
+    ubatch_tokens: _Tokens
+    threads: _Threads | None = None
+    gpu_layers: _Layers = 0
     predicted: Prediction
     rejected: tuple[Rejection, ...] = ()
     notes: tuple[str, ...] = ()
@@ -308,8 +316,8 @@ class BundleFile(_Record, frozen=True, kw_only=True):
 
     path: str
     role: str
-    size_bytes: int
-    sha256: str
+    size_bytes: _Count
+    sha256: _Sha256
 
 
 class SmokeCheck(_Record, frozen=True, kw_only=True):
@@ -323,7 +331,7 @@ class SmokeCheck(_Record, frozen=True, kw_only=True):
         text_sha256: of the text.
     """
 
-    tokens: int
+    tokens: _Count
     mean_kld: float
     max_kld: float
     top1_agreement: float
@@ -342,9 +350,9 @@ class Artifact(_Record, frozen=True, kw_only=True):
     """
 
     architecture: str
-    n_layers: int
-    n_vocab: int
-    trained_context_tokens: int
+    n_layers: _Count
+    n_vocab: _Count
+    trained_context_tokens: _Count
     has_chat_template: bool
 
 
@@ -378,6 +386,12 @@ class Manifest(_Record, frozen=True, kw_only=True):
     built_for: str
     tools: dict[str, str]
     created_utc: str
+
+    def __post_init__(self) -> None:
+        """Refuse two entries for one file, which msgspec reports as an error of the manifest."""
+        paths = [PurePosixPath(file.path) for file in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("files names a file twice")
 
 
 def to_json(record: Any, *, indent: int = 2) -> bytes:  # noqa: ANN401 - any record of this module or of `report`

@@ -34,6 +34,10 @@ _MS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "min": 6e4}
 _NUMBER_UNIT = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*([a-zµ/]*)\s*", re.IGNORECASE)
 
 
+# In bytes, milliseconds or operations a second: beyond all machines, and exact in every integer and float that follows.
+_LARGEST = 10**18
+
+
 def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, example: str) -> float:
     match = _NUMBER_UNIT.fullmatch(text)
     choices = ", ".join(units)
@@ -47,6 +51,8 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
     value = number * units[unit]
     if not math.isfinite(value) or value <= 0:
         raise UsageError(f"{text!r} is not a positive amount", f"Write something like {example}")
+    if value > _LARGEST:
+        raise UsageError(f"{text!r} is more than any machine has", f"Write something like {example}")
     return value
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgeq.bundle import open_bundle
 from edgeq.errors import UsageError
+from edgeq.llama_library import check_threads
 from edgeq.runtime.engine import EngineSettings
 from edgeq.runtime.llm import LLMSession
 
@@ -25,16 +26,16 @@ def load(
         verify: hash all files first.
 
     Raises:
-        BundleError: no bundle, or one that was changed.
-        UsageError: more context than planned.
+        BundleError: no bundle or one that was changed.
+        UsageError: more context than planned, or a number of threads outside of 1 to 512.
         SessionError: the model cannot be loaded, or memory is too small.
         MissingPackageError: llama-cpp-python is not installed.
     """
     started = time.perf_counter()
     opened = open_bundle(bundle, verify=verify)
     plan = opened.manifest.plan
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads={threads} makes no sense", "Choose 1 or more")
+    if threads is not None:
+        check_threads(threads)
     if context_tokens is not None and not 1 <= context_tokens <= plan.context_tokens:
         raise UsageError(
             f"context_tokens={context_tokens}, and the bundle was planned for {plan.context_tokens}",

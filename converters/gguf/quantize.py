@@ -7,15 +7,13 @@ run first, the plan names a type for every tensor, and each goes down as an anch
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import errno
 import os
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +21,7 @@ from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.gguf.presets import PRESETS, Preset, preset_of_type
 from edgeq.errors import ConversionError
 from edgeq.ggml_types import ggml_type, tensor_bytes
-from edgeq.llama_library import capture_log, library
+from edgeq.llama_library import capture_log, check_threads, interruptible, library
 from edgeq.staging import disk_full_is_one_line
 from edgeq.types import Fallback
 
@@ -41,7 +39,6 @@ _FALLBACK_LINE = re.compile(
 )
 _PROGRESS_LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)")
 _MAX_BUFFER_BYTES = 256 << 20  # llama.cpp's own default is 8 GiB
-_POLL_S = 0.2
 
 Progress = Callable[[int, int, str], None]
 
@@ -116,9 +113,12 @@ def quantize(
         progress: told tensors done, tensors in all, and the name of the one in work.
 
     Raises:
+        UsageError: more threads than llama.cpp takes.
         ConversionError: llama.cpp failed, or the file is not what was asked for.
         DiskFullError: no room.
     """
+    if threads:
+        check_threads(threads)
     lib = library()
     header = read_header(source)
     params = _params(lib, _file_type(types, header))
@@ -197,8 +197,16 @@ def _run(source: Path, out: Path, params: ctypes.Structure, progress: Progress |
         ConversionError: it failed; the cause is its first error line.
         OSError: it could not write.
     """
-    with capture_log() as lines, _watch(lines, progress):
-        code = library().llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+
+    def poll() -> None:
+        if progress is not None:
+            _report(lines, progress)
+
+    with capture_log() as lines:
+        code = interruptible(
+            lambda: library().llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params)),
+            poll=poll,
+        )
     if code != 0:
         cause = lines.cause("no reason given").removeprefix("failed to quantize: ")
         if "iostream error" in cause:  # all that C++ says of a failed write
@@ -207,29 +215,12 @@ def _run(source: Path, out: Path, params: ctypes.Structure, progress: Progress |
     return lines
 
 
-@contextlib.contextmanager
-def _watch(lines: list[str], progress: Progress | None) -> Iterator[None]:
-    """Turn llama.cpp's log into progress from a thread of its own, since the call holds this one."""
-    if progress is None:
-        yield
-        return
-    done = threading.Event()
-    report = progress
-
-    def look() -> None:
-        while not done.wait(_POLL_S):
-            for line in reversed(lines):
-                if match := _PROGRESS_LINE.match(line):
-                    report(int(match[1]), int(match[2]), match[3])
-                    break
-
-    watcher = threading.Thread(target=look, name="edgeq-quantize-progress", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+def _report(lines: list[str], progress: Progress) -> None:
+    """Turn the newest line of llama.cpp's log that tells of progress into a call."""
+    for line in reversed(lines):
+        if match := _PROGRESS_LINE.match(line):
+            progress(int(match[1]), int(match[2]), match[3])
+            return
 
 
 def _refuse_short(out: Path, header: GgufHeader, types: Mapping[str, str]) -> None:

@@ -59,7 +59,7 @@ def parse_override(text: str) -> Override:
 def _checked(override: Override) -> Override:
     try:
         re.compile(override.match)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(
             f"{override.match!r} is no regular expression: {error}", "Correct it, or escape dots and brackets with \\"
         ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgeq.types import Budget
 
-__all__ = ["add_budget_arguments", "add_json_argument", "budget_of", "positive_int"]
+__all__ = ["add_budget_arguments", "add_json_argument", "budget_of", "positive_int", "thread_count"]
 
 
 def positive_int(text: str) -> int:
@@ -21,6 +21,17 @@ def positive_int(text: str) -> int:
         message = f"{text!r} is no whole number above zero"
         raise argparse.ArgumentTypeError(message)
     return value
+
+
+def thread_count(text: str) -> int:
+    """A number of threads that llama.cpp can have, for argparse."""
+    from edgeq.errors import UsageError
+    from edgeq.llama_library import check_threads
+
+    try:
+        return check_threads(positive_int(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from error
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq.cli.arguments import add_budget_arguments, add_json_argument, budget_of, positive_int
+from edgeq.cli.arguments import add_budget_arguments, add_json_argument, budget_of, positive_int, thread_count
 
 if TYPE_CHECKING:
     from edgeq.report import Report
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--seconds", type=float, metavar="S", help="take samples for this long")
     parser.add_argument("--max-seconds", type=float, default=120.0, metavar="S", help="end by then (120)")
     parser.add_argument("--context", type=positive_int, metavar="N", help="default: what the bundle was planned for")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="default: what the bundle was planned for")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="default: what the bundle was planned for")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of each verdict (0.95)")
     parser.add_argument(
         "--max-host-load",
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write the report, print it; 0 if every line passes or none is constrained, else 3."""
     from edgeq.bundle import open_bundle
+    from edgeq.cli.output import note
     from edgeq.cli.progress import Progress
     from edgeq.report import LATEST, Workload, check_writable, publish_report, write_report
     from edgeq.runtime.bench import run_bench
@@ -85,16 +86,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         written = publish_report(report, opened)
     show_report(report, as_json=args.json)
-    print(f"report written to {written}", file=sys.stderr)
+    note(f"report written to {written}")
     return exit_code(report)
 
 
 def show_report(report: Report, *, as_json: bool) -> None:
     """Print a report to stdout, for people or for machines."""
+    from edgeq.cli.output import show
     from edgeq.cli.tables import render_report, wants_colour
     from edgeq.types import to_json
 
-    sys.stdout.write(to_json(report).decode() if as_json else render_report(report, colour=wants_colour()))
+    show(to_json(report).decode() if as_json else render_report(report, colour=wants_colour()))
 
 
 def exit_code(report: Report) -> int:

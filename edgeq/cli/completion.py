@@ -19,7 +19,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the script."""
     import shtab
 
-    from edgeq.cli import build_parser
+    from edgeq.cli.output import show
+    from edgeq.cli.parser import build_parser
 
-    print(shtab.complete(build_parser(), shell=args.shell))
+    show(shtab.complete(build_parser(), shell=args.shell) + "\n")
     return 0

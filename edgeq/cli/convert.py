@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_model_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="the bundle (default: MODEL-DEVICE here)")
-    parser.add_argument("--force", action="store_true", help="replace the bundle that is there")
+    parser.add_argument("--force", action="store_true", help="replace the bundle that is there, and its reports")
     add_json_argument(parser)
 
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     from edgeq.bundle import MANIFEST
     from edgeq.cli.describe import plan_lines, prediction_lines
+    from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
     from edgeq.planner.convert import convert
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda stage, done, total, detail: progress(done, total, stage),
         )
     if args.json:
-        sys.stdout.write((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+        show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         return 0
     manifest = bundle.manifest
     lines = [
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         *prediction_lines(manifest.plan, manifest.budget),
         "",
         f"wrote {bundle.path}",
-        f"next: edgeq bench {bundle.path}",
+        f"next: edgeq bench {shlex.quote(str(bundle.path))}",
     ]
-    print("\n".join(lines))
+    show_lines(lines)
     return 0

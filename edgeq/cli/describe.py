@@ -63,6 +63,12 @@ def _mix(kinds: Mapping[str, int]) -> str:
 
 def prediction_lines(plan: Plan, budget: Budget) -> list[str]:
     """A table of what is predicted against the budget, and what memory consists of."""
+    # What is predicted is a mean, and of which workload; the limit's percentile is for the measurement.
+    means = {
+        "ttft_ms": f"time to first token, {plan.predicted.prompt_tokens} prompt tokens",
+        "itl_ms": f"inter-token latency, context of {plan.context_tokens} full",
+        "tokens_per_s": f"decode speed, context of {plan.context_tokens} full",
+    }
     rows = []
     for line in BUDGET_LINES:
         limit, predicted = budget.limit(line), getattr(plan.predicted, line.field, None)
@@ -71,7 +77,7 @@ def prediction_lines(plan: Plan, budget: Budget) -> list[str]:
         sign = "≤" if line.at_most else "≥"
         rows.append(
             [
-                line.label,
+                means.get(line.field, line.label),
                 "-" if predicted is None else format_quantity(predicted, line.unit),
                 "-" if limit is None else f"{sign} {format_quantity(limit, line.unit)}",
             ]
@@ -82,4 +88,4 @@ def prediction_lines(plan: Plan, budget: Budget) -> list[str]:
         f"{format_bytes(p.kv_cache_bytes)}, compute {format_bytes(p.compute_bytes)}, runtime "
         f"{format_bytes(p.runtime_bytes)}"
     )
-    return [*format_table(["budget line", "predicted", "limit"], rows, right=(1, 2)), memory]
+    return [*format_table(["budget line", "predicted mean", "limit"], rows, right=(1, 2)), memory]

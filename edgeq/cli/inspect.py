@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
     """Show the manifest; nothing is hashed (see ``edgeq verify``)."""
     from edgeq.bundle import open_bundle
     from edgeq.cli.describe import plan_lines, prediction_lines, type_lines
+    from edgeq.cli.output import show, show_lines
     from edgeq.types import to_json
 
     bundle = open_bundle(args.bundle)
     manifest = bundle.manifest
     if args.json:
-        print(to_json(manifest).decode(), end="")
+        show(to_json(manifest).decode())
         return 0
     lines = [*_head(bundle), *plan_lines(manifest.plan, manifest.source), ""]
     if args.tensors:
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         lines += type_lines(manifest.plan)
     lines += ["", *prediction_lines(manifest.plan, manifest.budget), "", *_checks(bundle)]
-    print("\n".join(lines))
+    show_lines(lines)
     return 0
 
 
@@ -69,5 +71,6 @@ def _checks(bundle: Bundle) -> list[str]:
             f"same top token {smoke.top1_agreement:.1%} (proof of life, no measure of quality)"
         )
     n_reports = len(list(bundle.reports.glob("*-bench.json"))) if bundle.reports.is_dir() else 0
-    shown = f"edgeq report {bundle.path} shows the latest" if n_reports else f"make one with edgeq bench {bundle.path}"
+    path = shlex.quote(str(bundle.path))
+    shown = f"edgeq report {path} shows the latest" if n_reports else f"make one with edgeq bench {path}"
     return [*lines, f"reports  {n_reports}; {shown}"]

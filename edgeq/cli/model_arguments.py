@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq.cli.arguments import add_budget_arguments, budget_of, positive_int
+from edgeq.cli.arguments import add_budget_arguments, budget_of, positive_int, thread_count
 
 if TYPE_CHECKING:
     from edgeq.planner.convert import Job
@@ -36,7 +36,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--context", type=positive_int, metavar="N", help="tokens of prompt and answer (4096)")
     plan.add_argument("--kv-type", metavar="TYPE", help="type of the KV cache: f16 (default), q8_0, q4_0, …")
     plan.add_argument("--ubatch", type=positive_int, metavar="N", help="prompt tokens at once (CPU 128, GPU 512)")
-    plan.add_argument("--threads", type=positive_int, metavar="N", help="of a session and of the conversion")
+    plan.add_argument("--threads", type=thread_count, metavar="N", help="of a session and of the conversion")
+    plan.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="prompt that TTFT is predicted for (128)")
     add_budget_arguments(parser, "the profile")
 
 
@@ -62,7 +63,7 @@ def job_from(args: argparse.Namespace) -> Job:
 def _request(args: argparse.Namespace) -> Request:
     from edgeq.converters.gguf.recipe import parse_override, read_recipe
     from edgeq.errors import UsageError
-    from edgeq.planner.plan import Request
+    from edgeq.planner.plan import DEFAULT_PROMPT_TOKENS, Request
 
     overrides = tuple(parse_override(text) for text in args.tensor_type)
     preset = args.quant
@@ -80,5 +81,6 @@ def _request(args: argparse.Namespace) -> Request:
         context_tokens=args.context,
         kv_type=args.kv_type,
         ubatch_tokens=args.ubatch,
+        prompt_tokens=args.prompt_tokens or DEFAULT_PROMPT_TOKENS,
         threads=args.threads,
     )

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, and show every decision."""
     from edgeq.cli.describe import plan_lines, prediction_lines, type_lines
+    from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
     from edgeq.planner.convert import plan_only
     from edgeq.types import merge_budgets, to_json
@@ -37,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda stage, done, total, detail: progress(done, total, stage),
         )
     if args.json:
-        sys.stdout.write(to_json(plan).decode())
+        show(to_json(plan).decode())
         return 0
     budget = merge_budgets(profile.budget, job.budget)
     lines = [*plan_lines(plan, source), "", *type_lines(plan), "", *prediction_lines(plan, budget)]
-    print("\n".join(lines))
+    show_lines(lines)
     return 0

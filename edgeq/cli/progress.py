@@ -6,6 +6,8 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+from edgeq.cli.output import discard
+
 __all__ = ["Progress"]
 
 _TERMINAL_S = 0.1
@@ -17,7 +19,7 @@ class Progress:
     """Called with steps done, steps in all (0 if unknown) and what is going on; a context manager.
 
     A terminal sees one line that is rewritten at most ten times a second and cleared at the end. Anything else sees a
-    line when something new begins, and every ten seconds while it lasts.
+    line when something new begins, and every ten seconds while it lasts. Work goes on if nobody can be told.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -33,8 +35,14 @@ class Progress:
             return
         self._what, self._shown = what, now
         text = f"{what}: {done / total:.0%}" if total else what
-        self._stream.write(f"{_CLEAR_LINE}{text}" if self._terminal else f"{text}\n")
-        self._stream.flush()
+        self._write(f"{_CLEAR_LINE}{text}" if self._terminal else f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            discard(self._stream)
 
     def __enter__(self) -> Progress:
         return self
@@ -43,5 +51,4 @@ class Progress:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._terminal:
-            self._stream.write(_CLEAR_LINE)
-            self._stream.flush()
+            self._write(_CLEAR_LINE)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq.cli.arguments import add_json_argument, positive_int
+from edgeq.cli.arguments import add_json_argument, positive_int, thread_count
 
 if TYPE_CHECKING:
-    from edgeq.runtime.generation import Generation
+    from edgeq.runtime.generation import Generation, Token
 
 EXAMPLES = """\
 edgeq run bundle "What does a robot need to know about doors?"
@@ -31,23 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="for a temperature above 0")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--deadline", metavar="TIME", help="end by then, prompt included, such as 2s")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="default: what the bundle was planned for")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="default: what the bundle was planned for")
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, and show text as it comes; timings go to stderr."""
     import edgeq
+    from edgeq.cli.output import ReaderGoneError
     from edgeq.errors import UsageError
     from edgeq.units import parse_ms
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _standard_input() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise UsageError("The prompt is empty", "Give some text, or - and text on standard input")
     if args.temperature < 0:
         raise UsageError(f"--temperature {args.temperature:g} is below zero", "Use 0 for greedy decoding, or about 0.7")
     deadline_ms = parse_ms(args.deadline) if args.deadline is not None else None
-    with edgeq.load(args.bundle, threads=args.threads) as session:
+    with contextlib.suppress(ReaderGoneError), edgeq.load(args.bundle, threads=args.threads) as session:
         chat = session.manifest.artifact.has_chat_template and not args.raw
         system = [{"role": "system", "content": args.system}] if args.system else []
         if system and not chat:
@@ -65,22 +67,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(token: object) -> None:
-    sys.stdout.write(getattr(token, "text", ""))
-    sys.stdout.flush()
+def _standard_input() -> str:
+    from edgeq.errors import UsageError
+
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Standard input is no text: {error}", "Send text in UTF-8") from error
+
+
+def _show(token: Token) -> None:
+    from edgeq.cli.output import stream
+
+    stream(token.text)
 
 
 def _finish(generation: Generation, load_ms: float, *, as_json: bool) -> None:
     import dataclasses
     import json
 
+    from edgeq.cli.output import note, show
+
     if as_json:
-        print(json.dumps({**dataclasses.asdict(generation), "load_ms": load_ms}))
+        show(json.dumps({**dataclasses.asdict(generation), "load_ms": load_ms}) + "\n")
         return
-    print()
+    show("\n")
     timings = generation.timings
-    print(
-        f"{generation.prompt_tokens} prompt tokens, first token {timings.ttft_ms:.0f} ms, {len(generation.token_ids)} "
-        f"tokens at {timings.tokens_per_s:.1f} tok/s, ended by {generation.finish_reason}, load {load_ms:.0f} ms",
-        file=sys.stderr,
+    first = "no first token" if timings.ttft_ms is None else f"first token {timings.ttft_ms:.0f} ms"
+    speed = "" if timings.tokens_per_s is None else f" at {timings.tokens_per_s:.1f} tok/s"
+    note(
+        f"{generation.prompt_tokens} prompt tokens, {first}, {len(generation.token_ids)} tokens{speed}, "
+        f"ended by {generation.finish_reason}, load {load_ms:.0f} ms"
     )

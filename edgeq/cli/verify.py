@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hash every file, look for strangers, and compare the model's tensors with the plan."""
     from edgeq.bundle import open_bundle
+    from edgeq.cli.output import show
     from edgeq.cli.progress import Progress
     from edgeq.converters.gguf.quantize import assert_types
     from edgeq.units import format_bytes
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     files = bundle.manifest.files
     n_bytes = sum(f.size_bytes for f in files)
     if args.json:
-        print(json.dumps({"ok": True, "bundle": str(bundle.path), "files": len(files), "bytes": n_bytes}))
+        show(json.dumps({"ok": True, "bundle": str(bundle.path), "files": len(files), "bytes": n_bytes}) + "\n")
     else:
         n_tensors = len(bundle.manifest.plan.tensor_types)
-        print(f"ok: {len(files)} files, {format_bytes(n_bytes)}, {n_tensors} tensors as planned")
+        show(f"ok: {len(files)} files, {format_bytes(n_bytes)}, {n_tensors} tensors as planned\n")
     return 0

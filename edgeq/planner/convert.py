@@ -9,23 +9,33 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from edgeq._version import __version__
-from edgeq.bundle import MANIFEST, SCHEMA_VERSION, Bundle, describe_file, open_bundle, write_manifest
+from edgeq.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Bundle,
+    describe_file,
+    open_bundle,
+    refuse_strangers,
+    write_manifest,
+)
 from edgeq.converters.gguf.export import export_gguf, export_skeleton
 from edgeq.converters.gguf.external import export_with_llama_cpp
+from edgeq.converters.gguf.finite import check_weights
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.quantize import assert_types, quantize
 from edgeq.converters.gguf.recipe import recipe_yaml
 from edgeq.converters.gguf.shape import describe_artifact
 from edgeq.converters.gguf.smoke import smoke_check
 from edgeq.converters.gguf.tokenizer import check_tokenizer
-from edgeq.converters.source import resolve, weights_sha256
-from edgeq.errors import ConversionError, UsageError
+from edgeq.converters.source import resolve, weight_files, weights_sha256
+from edgeq.errors import ConversionError, OutputExistsError, SourceError, UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.llama_library import versions
 from edgeq.planner.plan import Request, make_plan
@@ -84,24 +94,28 @@ def convert(job: Job, out: Path, *, force: bool = False, progress: Progress = _s
 
     Args:
         job: what to convert, and for what.
-        out: the bundle's folder; made, or replaced with ``force`` if it holds a bundle.
-        force: replace an existing bundle.
+        out: the bundle's folder; made, or replaced with ``force`` if it holds a bundle and nothing else.
+        force: replace an existing bundle; its reports, which are of the old bundle, go with it.
         progress: told stage, amount done, amount in all, and a detail.
 
     Raises:
         EdgeqError: anything that `edgeq.errors` names; nothing is left behind.
     """
-    refuse_occupied(out, force=force, marker=MANIFEST)
+    target = _settle(out)
+    refuse_occupied(target, force=force, marker=MANIFEST, check=refuse_strangers)
     source = _resolve(job, progress)
-    with staging_folder(out) as work:
+    stamps = _stamp_weights(source)
+    _refuse_own_source(source, list(stamps), target)
+    with staging_folder(target) as work:
         decided = _decide(job, source, work, progress)
         folder = work / "bundle"
         folder.mkdir()
         smoke = _write_artifact(job, decided, work, folder / MODEL_FILE, progress)
-        manifest = _describe(decided, smoke, folder, out.absolute().name, progress)
+        manifest = _describe(decided, smoke, folder, target.name, progress)
+        _refuse_changed(stamps, _stamp_weights(source))
         write_manifest(folder, manifest)
         open_bundle(folder, verify=True)
-        publish(folder, out, force=force, marker=MANIFEST)
+        publish(folder, target, force=force, marker=MANIFEST, check=refuse_strangers)
     return Bundle(out, manifest)
 
 
@@ -119,6 +133,21 @@ def plan_only(job: Job, work_beside: Path, *, progress: Progress = _silent) -> t
     return decided.source, decided.profile, decided.plan
 
 
+def _settle(out: Path) -> Path:
+    """The output as an absolute path whose last part is its name, so that it stays the same folder all the way."""
+    whole = out.name in {"", ".."}
+    try:
+        target = Path(os.path.realpath(out)) if whole else Path(os.path.realpath(out.parent)) / out.name
+        target.name.encode()  # a manifest is JSON, and names its bundle
+    except FileNotFoundError as error:
+        raise ConversionError(
+            "The current folder was deleted", "Change into one that exists, or give a full path with -o"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise UsageError(f"The output's name {out.name!a} is not UTF-8", "Choose another one with -o") from error
+    return target
+
+
 def _resolve(job: Job, progress: Progress) -> ModelSource:
     def download(done: int, total: int, name: str) -> None:
         progress("download", done, total, name)
@@ -126,17 +155,50 @@ def _resolve(job: Job, progress: Progress) -> ModelSource:
     return resolve(job.model, revision=job.revision, progress=download)
 
 
+_Stamps = dict[Path, tuple[int, int, int]]
+
+
+def _stamp_weights(source: ModelSource) -> _Stamps:
+    """Size, time of the last change (ns) and inode of every weight file."""
+    stamps: _Stamps = {}
+    try:
+        for file in weight_files(source):
+            status = file.stat()
+            stamps[file] = status.st_size, status.st_mtime_ns, status.st_ino
+    except OSError as error:
+        raise SourceError(f"{error.filename or source.path} cannot be read: {error.strerror}", "Check it") from error
+    return stamps
+
+
+def _refuse_changed(before: _Stamps, now: _Stamps) -> None:
+    """Refuse to name a hash in the manifest that is not of the weights that were converted."""
+    for file in sorted({*before, *now}):
+        if before.get(file) != now.get(file):
+            raise SourceError(f"{file} changed while it was converted", "Convert again when nothing writes to it")
+
+
+def _refuse_own_source(source: ModelSource, weights: list[Path], target: Path) -> None:
+    """Refuse an output that holds the model: replacing it would delete what it is made from."""
+    for path in (Path(source.path), *weights):
+        if Path(os.path.realpath(path)).is_relative_to(target):
+            raise OutputExistsError(
+                f"{target} holds the model that is to be converted ({path.name})", "Choose another output with -o"
+            )
+
+
 def _decide(job: Job, source: ModelSource, work: Path, progress: Progress) -> _Decided:
     profile = load_profile(job.target)
     budget = merge_budgets(profile.budget, job.budget)
     progress("plan", 0, 1, profile.name)
-    gguf, reference, notes = _planning_file(job, source, work)
+    gguf, reference, notes = _planning_file(job, source, work, progress)
     plan = make_plan(gguf, profile, budget, job.request, notes=notes)
     progress("plan", 1, 1, plan.preset or "recipe")
     return _Decided(source, profile, budget, plan, reference)
 
 
-def _planning_file(job: Job, source: ModelSource, work: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
+def _planning_file(
+    job: Job, source: ModelSource, work: Path, progress: Progress
+) -> tuple[Path, Path | None, tuple[str, ...]]:
     """A GGUF whose header is complete, the same again if its data is too, and what its maker had to say."""
     path = Path(source.path)
     if source.format == "gguf":
@@ -145,7 +207,14 @@ def _planning_file(job: Job, source: ModelSource, work: Path) -> tuple[Path, Pat
         return path, path, ()
     if job.llama_cpp is not None:
         out = work / "reference.gguf"
-        export_with_llama_cpp(path, out, job.llama_cpp, float_type=source.dtype)
+        progress("convert with llama.cpp", 0, 0, "")
+        export_with_llama_cpp(
+            path,
+            out,
+            job.llama_cpp,
+            float_type=source.dtype,
+            progress=lambda line: progress("convert with llama.cpp", 0, 0, line),
+        )
         return out, out, (f"converted by the convert_hf_to_gguf.py of {job.llama_cpp.name}",)
     result = export_skeleton(path, work / "skeleton.gguf")
     return result.path, None, result.notes
@@ -158,6 +227,8 @@ def _write_artifact(job: Job, decided: _Decided, work: Path, artifact: Path, pro
     if reference is None:
         reference = work / "reference.gguf"
         export_gguf(folder, reference, progress=lambda d, t, n: progress("read weights", d, t, n))
+    # An export has counted NaN and infinity already; a GGUF that came from elsewhere has not.
+    check_weights(read_header(reference), decided.plan.tensor_types, finite=decided.reference is None)
     quantize(
         reference,
         artifact,

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeq.bundle import MANIFEST, REPORTS, hash_file, open_bundle
-from edgeq.errors import BundleError
+from edgeq.bundle import MANIFEST, REPORTS, hash_file, open_bundle, refuse_strangers
+from edgeq.errors import BundleError, OutputExistsError
+
+NotRoot = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -79,9 +83,21 @@ def test_paths_that_leave_the_bundle_are_refused(bundle: Path, path: str) -> Non
     ("change", "message"),
     [
         (lambda m: m.update(schema_version=99), "schema version 99"),
+        (lambda m: m.update(schema_version=0), "schema_version"),
+        (lambda m: m.update(schema_version=-1), "schema_version"),
+        (lambda m: m.pop("schema_version"), "schema_version"),
         (lambda m: m.update(surprise=1), "surprise"),
         (lambda m: m.pop("files"), "files"),
         (lambda m: m["plan"].update(context_tokens="many"), r"plan.context_tokens"),
+        (lambda m: m["plan"].update(context_tokens=2**40), r"plan.context_tokens"),
+        (lambda m: m["plan"].update(ubatch_tokens=-1), r"plan.ubatch_tokens"),
+        (lambda m: m["plan"].update(threads=0), r"plan.threads"),
+        (lambda m: m["plan"].update(threads=100_000), r"plan.threads"),
+        (lambda m: m["plan"].update(gpu_layers=-2), r"plan.gpu_layers"),
+        (lambda m: m["plan"]["predicted"].update(file_bytes=10**400), r"predicted.file_bytes"),
+        (lambda m: m["files"].append(m["files"][0]), "twice"),
+        (lambda m: m["files"].append({**m["files"][0], "path": "./model.gguf"}), "twice"),
+        (lambda m: m["files"][0].update(sha256="\x1b[2Jok"), "sha256"),
     ],
 )
 def test_a_manifest_that_is_not_ours_is_refused(
@@ -92,7 +108,19 @@ def test_a_manifest_that_is_not_ours_is_refused(
         open_bundle(bundle)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'{"a":' * 100_000,
+        b"[" * 100_000,
+        b'{"schema_version":1,"name":"\xff"}',
+        b'{"schema_version":' + b"9" * 5000 + b"}",
+    ],
+)
 def test_a_manifest_that_is_no_json_is_refused(bundle: Path, data: bytes) -> None:
     (bundle / MANIFEST).write_bytes(data)
     with pytest.raises(BundleError, match=MANIFEST):
@@ -104,3 +132,65 @@ def test_folders_that_are_no_bundle(tmp_path: Path) -> None:
         open_bundle(tmp_path / "nowhere")
     with pytest.raises(BundleError, match="is no bundle"):
         open_bundle(tmp_path)
+
+
+def test_paths_that_the_system_refuses(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="too long"):
+        open_bundle(tmp_path / ("x" * 5000))
+    _edit(bundle, lambda manifest: manifest["files"][0].update(path="x" * 5000))
+    with pytest.raises(BundleError, match="too long"):
+        open_bundle(bundle)
+    (bundle / "loop").symlink_to(bundle / "loop")
+    _edit(bundle, lambda manifest: manifest["files"][0].update(path="loop/model.gguf"))
+    with pytest.raises(BundleError, match=r"missing|cannot be read"):
+        open_bundle(bundle)
+
+
+@pytest.fixture
+def public_bundle(bundle: Path, shared: Path) -> Path:
+    return shutil.copytree(bundle, shared / "bundle")
+
+
+@pytest.mark.parametrize(("locked", "verify"), [("..", False), (".", False), (MANIFEST, False), ("model.gguf", True)])
+def test_what_may_not_be_read_is_one_line(public_bundle: Path, not_root: NotRoot, locked: str, verify: bool) -> None:
+    (public_bundle / locked).chmod(0)
+    with not_root(), pytest.raises(BundleError, match="Permission denied"):
+        open_bundle(public_bundle, verify=verify)
+
+
+def test_a_folder_that_may_not_be_searched_is_not_called_clean(public_bundle: Path, not_root: NotRoot) -> None:
+    (public_bundle / "hidden").mkdir(mode=0)
+    with not_root(), pytest.raises(BundleError, match="Permission denied"):
+        open_bundle(public_bundle, verify=True)
+    with not_root(), pytest.raises(OutputExistsError, match="Permission denied"):
+        refuse_strangers(public_bundle)
+
+
+def test_an_error_of_the_listener_is_not_taken_for_one_of_the_bundle(bundle: Path) -> None:
+    def listener(done: int, total: int, name: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        open_bundle(bundle, verify=True, progress=listener)
+
+
+def test_only_a_bundle_and_its_reports_may_be_replaced(bundle: Path) -> None:
+    (bundle / REPORTS).mkdir()
+    (bundle / REPORTS / "report.json").write_text("{}")
+    refuse_strangers(bundle)
+    (bundle / "model.gguf").unlink()
+    refuse_strangers(bundle)  # a broken bundle is what one wants to replace
+    (bundle / ".git").mkdir()
+    (bundle / ".git" / "HEAD").write_text("x")
+    with pytest.raises(OutputExistsError, match=r"\.git/HEAD .*--force would delete it"):
+        refuse_strangers(bundle)
+    shutil.rmtree(bundle / ".git")
+    (bundle / "data").symlink_to(bundle.parent)
+    with pytest.raises(OutputExistsError, match="data"):
+        refuse_strangers(bundle)
+
+
+def test_a_folder_whose_manifest_is_not_ours_may_not_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(OutputExistsError, match="schema_version"):
+        refuse_strangers(tmp_path)
