@@ -3,9 +3,9 @@
 
     scripts/bench_memory.py FOLDER_OR_GGUF [--target laptop-cpu] [--presets q8_0 q4_k_m q4_0] [--json FILE]
 
-Each combination is loaded in a process of its own, its context is filled with as many tokens as it holds (2,000 at
-most), 16 tokens are decoded, and VmHWM is read. Decode speed is shown beside the prediction; on a loaded machine it
-means nothing.
+Each combination is a session in a process of its own: a prompt of as many tokens as the context holds (2,000 at most),
+16 tokens decoded, VmHWM read. The median gap is shown beside the prediction, which is for a full context; on a loaded
+machine it means nothing.
 """
 
 from __future__ import annotations
@@ -27,33 +27,25 @@ from edgeq.profiles.loader import load_profile
 from edgeq.types import DeviceProfile
 
 CHILD = """
-import json, sys, time
+import json, sys
 from pathlib import Path
-import numpy as np
-import edgeq.runtime.session
-from edgeq.llama import Context, Model, library
-
-def status():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmHWM", "VmRSS"))}
-    return {name: int(value) * 1024 for name, value in found.items()}
+from edgeq.runtime.engine import EngineSettings
+from edgeq.runtime.llm import LLMSession
 
 path, context, kv_type, ubatch = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-library()
-before = status()["VmRSS"]
-with Model.load(Path(path)) as model:
-    settings = dict(context_tokens=context, ubatch_tokens=ubatch, type_k=kv_type, type_v=kv_type)
-    with Context(model, **settings) as session:
-        filled = min(context - 16, 2000)
-        tokens = np.arange(filled) % 2000 + 500
-        for start in range(0, filled, 512):
-            session.decode(tokens[start : start + 512], start, logits="last")
-        began = time.perf_counter()
-        for step in range(16):
-            session.decode_one(700 + step, filled + step)
-        itl_ms = (time.perf_counter() - began) / 16 * 1e3
-        print(json.dumps({"before_bytes": before, "peak_bytes": status()["VmHWM"], "itl_ms": itl_ms,
-                          "weights_bytes": model.buffer_bytes, **session.buffer_bytes}))
+settings = EngineSettings(
+    context_tokens=context, kv_type_k=kv_type, kv_type_v=kv_type, flash_attention=True, ubatch_tokens=ubatch,
+    threads=None, gpu_layers=0,
+)
+with LLMSession(Path(path), settings) as session:
+    filled = min(context - 17, 2000)
+    tokens = [500 + i % 2000 for i in range(filled)]
+    session.render([{"role": "user", "content": "Hello"}])
+    answer = session.generate(tokens, max_tokens=17, ignore_eos=True)
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+gaps = sorted(answer.timings.gaps_ms)
+print(json.dumps({"peak_bytes": peak, "itl_ms": gaps[len(gaps) // 2], "ttft_ms": answer.timings.ttft_ms}))
 """
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -81,6 +81,51 @@ def run_cli() -> RunCli:
         )
 
     return run
+
+
+class Cli(Protocol):
+    """The signature of the ``cli`` fixture."""
+
+    def __call__(self, *args: object) -> subprocess.CompletedProcess[str]:
+        """Run ``edgeq`` with these arguments."""
+        ...
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command in this process: no start-up to pay for where many arguments are tried."""
+    from edgeq.cli import main
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        arguments = [str(a) for a in args]
+        try:
+            code = main(arguments)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(20)``: a folder on a file system of its own with so many MiB."""
+    mounted: list[Path] = []
+
+    def mount(size_mib: int) -> Path:
+        folder = tmp_path / f"disk-{size_mib}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

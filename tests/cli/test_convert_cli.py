@@ -5,7 +5,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,23 +27,6 @@ def bundle(smollm2_hf: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: 
     assert "peak memory" in done.stdout
     assert "rejected f16" in done.stdout
     return out
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> RunCli:
-    """The command in this process: no start-up to pay for where many arguments are tried."""
-    from edgeq.cli import main
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        arguments = [str(a) for a in args]
-        try:
-            code = main(arguments)
-        except SystemExit as error:
-            code = int(error.code or 0)
-        shown = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, shown.out, shown.err)
-
-    return run
 
 
 def _one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -201,23 +184,11 @@ def test_plan_writes_nothing(smollm2_hf: Path, cli: RunCli, tmp_path: Path, monk
     assert json.loads(as_json.stdout)["predicted"]["peak_memory_bytes"] > 0
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_leaves_nothing(smollm2_hf: Path, small_disk: Path, run_cli: RunCli) -> None:
-    """300 MiB hold the unquantized model, but not the quantized one beside it."""
-    done = run_cli("convert", smollm2_hf, "--target", "laptop-cpu", "--quant", "q8_0", "-o", small_disk / "out")
+def test_a_full_disk_leaves_nothing(smollm2_hf: Path, small_disk: Callable[[int], Path], cli: RunCli) -> None:
+    disk = small_disk(300)  # holds the unquantized model, but not the quantized one beside it
+    done = cli("convert", smollm2_hf, "--target", "laptop-cpu", "--quant", "q8_0", "-o", disk / "out")
     assert "No space left" in _one_line(done, 1)
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
 
 
 def test_sigterm_cleans_up(smollm2_hf: Path, tmp_path: Path) -> None:

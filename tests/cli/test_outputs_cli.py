@@ -24,19 +24,6 @@ def bundle(tmp_path: Path, make_bundle: Callable[[Path], Path]) -> Path:
     return make_bundle(tmp_path / "weights")
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> RunCli:
-    from edgeq.cli import main
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        arguments = [str(a) for a in args]
-        code = main(arguments)
-        shown = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, shown.out, shown.err)
-
-    return run
-
-
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """The path of everything in a JSON document."""
     yield path

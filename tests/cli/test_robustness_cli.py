@@ -16,23 +16,6 @@ from edgeq.cli.progress import Progress
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """The command in this process."""
-    from edgeq.cli import main
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        arguments = [str(a) for a in args]
-        try:
-            code = main(arguments)
-        except SystemExit as error:
-            code = int(error.code or 0)
-        shown = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, shown.out, shown.err)
-
-    return run
-
-
 def shell(line: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A line of bash in which ``edgeq`` is the command and ``$1`` and so on are ``args``."""
     script = f'edgeq() {{ "{sys.executable}" -m edgeq.cli "$@"; }}; set -o pipefail; {line}'
