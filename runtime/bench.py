@@ -24,7 +24,7 @@ from edgeq.report import (
 from edgeq.runtime import measure
 from edgeq.runtime.bench_run import Conditions, Progress, Run, measure_bundle
 from edgeq.runtime.bench_worker import Sample
-from edgeq.types import Budget, merge_budgets
+from edgeq.types import Budget, Plan, merge_budgets
 
 __all__ = ["DEFAULT_MAX_HOST_LOAD", "run_bench"]
 
@@ -113,7 +113,7 @@ def run_bench(
         invalid_reasons=tuple(invalid),
         verdicts=verdicts,
         result=overall_result(verdicts),
-        notes=(*notes, *_notes(run, workload, predicted.prompt_tokens)),
+        notes=(*notes, *_notes(run, workload, opened.manifest.plan)),
         tools=run.loaded.tools,
         created_utc=_now(),
     )
@@ -207,7 +207,8 @@ def _memory_split(run: Run) -> MemorySplit | None:
     )
 
 
-def _notes(run: Run, workload: Workload, predicted_prompt_tokens: int) -> list[str]:
+def _notes(run: Run, workload: Workload, plan: Plan) -> list[str]:
+    predicted_prompt_tokens = plan.predicted.prompt_tokens
     notes = []
     if run.planned is not None and len(run.samples) < run.planned:
         notes.append(
@@ -220,6 +221,12 @@ def _notes(run: Run, workload: Workload, predicted_prompt_tokens: int) -> list[s
         notes.append(
             f"The plan predicts the time to first token for prompts of {predicted_prompt_tokens} tokens, "
             f"not {workload.prompt_tokens}"
+        )
+    answered = workload.prompt_tokens + workload.output_tokens
+    if answered < plan.context_tokens:
+        notes.append(
+            f"Predicted times are means; inter-token latency and decode speed for a full context of "
+            f"{plan.context_tokens} tokens, measured with at most {answered}"
         )
     cached = max(sample.cached_tokens for sample in run.samples)
     if cached > 0:

@@ -156,5 +156,5 @@ def _refuse_idle(overrides: Sequence[Override], hits: Sequence[int], names: Sequ
         )
         raise UsageError(
             f"The override {override.match!r} = {override.type} changes nothing: {why}",
-            "List the names with edgeq inspect --tensors, then correct or remove it",
+            "edgeq plan lists the names by role; correct or remove it",
         )

@@ -31,7 +31,7 @@ def test_the_first_match_wins() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["ffn_dwon=q8_0"], "changes nothing: no tensor has such a name"),
+        (["ffn_dwon=q8_0"], r"changes nothing: no tensor has such a name\. edgeq plan lists"),
         (["ffn=q8_0", "ffn_down=q6_k"], "taken by an earlier override"),
         (["token_embd=q4_k"], "rows of 576 weights, and q4_k needs a multiple of 256"),
         (["=q8_0"], "is not REGEX=TYPE"),
