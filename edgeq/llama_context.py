@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,7 @@ class Context(Handle):
         type_v: str = "f16",
         flash_attention: bool = True,
         max_outputs: int = 1,
+        eval_callback: Callable[[int, bool, int | None], bool] | None = None,
     ) -> None:
         """Allocate everything that decoding needs.
 
@@ -62,6 +63,8 @@ class Context(Handle):
             type_v: likewise; a quantized one needs ``flash_attention``.
             flash_attention: fused attention.
             max_outputs: rows of logits of one `decode`; each takes a row of the vocabulary in two buffers.
+            eval_callback: shown the nodes of the graph while it is computed, which then happens on the CPU alone:
+                ``ggml_backend_sched_eval_callback`` of ggml-backend.h with addresses as integers. It must not raise.
 
         Raises:
             SessionError: too little memory, or types that the model cannot take.
@@ -82,6 +85,10 @@ class Context(Handle):
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else 0
         params.no_perf = True
         params.swa_full = False  # layers with a sliding window keep the window only, as the cost model predicts
+        if eval_callback is not None:
+            self._eval_callback = lib.ggml_backend_sched_eval_callback(eval_callback)  # C keeps a bare pointer to it
+            params.cb_eval = self._eval_callback
+            params.op_offload = params.offload_kqv = False
         # ggml asks "abort?" before every operation. A Python callback would take the GIL each time, so the question
         # is answered by libc: strlen of a one-character string is 1 (yes) or 0 (no), and Python only writes the byte.
         self._interrupt_flag = ctypes.create_string_buffer(2)
@@ -209,14 +216,19 @@ class Context(Handle):
             self._logits_address = address
         return self._logits_view
 
-    def all_logits(self) -> npt.NDArray[np.float32]:
-        """A copy of every row of the last batch, float32 of (rows, n_vocab)."""
+    def all_logits(self, *, copy: bool = True) -> npt.NDArray[np.float32]:
+        """Every row of the last batch, float32 of (rows, n_vocab).
+
+        Args:
+            copy: off gives a view that the next decode overwrites and that must not outlive the context.
+        """
         if not self._n_outputs:
             return np.empty((0, self.model.n_vocab), np.float32)
         pointer = self._lib.llama_get_logits(self.pointer)
         if not pointer:
             raise SessionError("llama.cpp has no logits for the last batch")
-        return np.array(np.ctypeslib.as_array(pointer, (self._n_outputs, self.model.n_vocab)), np.float32)
+        rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self._n_outputs, self.model.n_vocab))
+        return rows.copy() if copy else rows
 
     def keep(self, n_tokens: int) -> bool:
         """Drop everything from position ``n_tokens`` on.

@@ -16,6 +16,7 @@ import msgspec
 
 from edgeq.bundle import Bundle
 from edgeq.errors import BundleError
+from edgeq.record import Record
 from edgeq.types import Budget, Prediction, from_json, to_json
 from edgeq.verdicts import (
     DEFAULT_CONFIDENCE,
@@ -58,11 +59,7 @@ SCHEMA_VERSION = 1
 _MAX_REPORT_BYTES = 256 << 20
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every record, as in `edgeq.types`: immutable, keyword-only, strict about keys."""
-
-
-class MemorySplit(_Record, frozen=True, kw_only=True):
+class MemorySplit(Record, frozen=True, kw_only=True):
     """What the peak consists of, as far as the kernel tells.
 
     Attributes:
@@ -78,7 +75,7 @@ class MemorySplit(_Record, frozen=True, kw_only=True):
     before_load_bytes: int | None
 
 
-class Device(_Record, frozen=True, kw_only=True):
+class Device(Record, frozen=True, kw_only=True):
     """The machine that was measured. None stands for what it does not tell.
 
     Attributes:
@@ -108,7 +105,7 @@ class Device(_Record, frozen=True, kw_only=True):
     frequency_limit_mhz: tuple[float, ...]
 
 
-class HostLoad(_Record, frozen=True, kw_only=True):
+class HostLoad(Record, frozen=True, kw_only=True):
     """What else the machine did, as shares (0 to 1) of all CPU time of the CPUs that this process may use.
 
     Attributes:
@@ -126,7 +123,7 @@ class HostLoad(_Record, frozen=True, kw_only=True):
     allowed: float
 
 
-class Temperature(_Record, frozen=True, kw_only=True):
+class Temperature(Record, frozen=True, kw_only=True):
     """One thermal zone.
 
     Attributes:
@@ -140,7 +137,7 @@ class Temperature(_Record, frozen=True, kw_only=True):
     after_c: float
 
 
-class Workload(_Record, frozen=True, kw_only=True):
+class Workload(Record, frozen=True, kw_only=True):
     """What a measured run does again and again.
 
     Attributes:
@@ -164,7 +161,7 @@ class Workload(_Record, frozen=True, kw_only=True):
     threads: int | None = None
 
 
-class Report(_Record, frozen=True, kw_only=True):
+class Report(Record, frozen=True, kw_only=True):
     """One run of one bundle on one machine.
 
     Attributes:

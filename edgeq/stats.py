@@ -17,13 +17,24 @@ speaks for conditions like those of the run, and only for a number of samples th
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
-__all__ = ["lower_bound", "missing_samples", "percentile", "required_samples", "upper_bound"]
+__all__ = [
+    "clustered_mean",
+    "lower_bound",
+    "missing_samples",
+    "percentile",
+    "required_samples",
+    "student_t",
+    "upper_bound",
+]
 
 # A tail probability that equals its limit in exact arithmetic must not miss it by rounding.
 _ROUNDING = 1e-12
 _SMALLEST_LOG = -700.0
+# Degrees of freedom from which Student's t is the normal distribution to four digits.
+_MANY = 10_000
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
@@ -95,6 +106,74 @@ def required_samples(q: float, confidence: float, misses: int = 0) -> int:
 def missing_samples(n_samples: int, misses: int, q: float, confidence: float) -> int:
     """How many further samples without a miss an upper limit needs, given those that were seen; 0 if none."""
     return max(0, required_samples(q, confidence, misses) - n_samples)
+
+
+def clustered_mean(sums: Sequence[float], counts: Sequence[int], confidence: float) -> tuple[float, float, float]:
+    """The mean of values that come in clusters, with a two-sided confidence interval for it.
+
+    Values of one cluster depend on each other, those of different clusters do not, so the clusters are the sample:
+    with S_c the sum and N_c the number of the values of cluster c, the mean is m = sum S_c / sum N_c and its variance
+    C / (C - 1) * sum (S_c - m N_c)^2 / (sum N_c)^2, with Student's t of C - 1 degrees of freedom. Source: W. G.
+    Cochran, *Sampling Techniques*, 3rd ed., Wiley 1977, sections 6.3 and 9A.
+
+    Args:
+        sums: of the values of each cluster.
+        counts: of the values of each cluster, positive.
+        confidence: of the interval, as in 0.95.
+
+    Returns:
+        Mean, lower end, upper end; the ends are infinite for a single cluster, which says nothing of others.
+
+    Raises:
+        ValueError: no clusters, or not as many sums as counts.
+    """
+    if not sums or len(sums) != len(counts) or min(counts) < 1:
+        raise ValueError("clusters need a sum and a positive count each")
+    n_clusters, total = len(sums), sum(counts)
+    mean = math.fsum(sums) / total
+    if n_clusters == 1:
+        return mean, -math.inf, math.inf
+    spread = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    error = math.sqrt(n_clusters / (n_clusters - 1) * spread) / total
+    half = error * student_t((1 + confidence) / 2, n_clusters - 1)
+    return mean, mean - half, mean + half
+
+
+def student_t(probability: float, degrees: int) -> float:
+    """The quantile of Student's t distribution, by bisection of its distribution function.
+
+    Args:
+        probability: at least 0.5 and below 1.
+        degrees: of freedom, at least 1.
+    """
+    if not 0.5 <= probability < 1 or degrees < 1:
+        raise ValueError(f"no quantile of Student's t for {probability} and {degrees} degrees of freedom")
+    if degrees >= _MANY:
+        return statistics.NormalDist().inv_cdf(probability)
+    central = 2 * probability - 1
+    low, high = 0.0, 1.0
+    while _student_central(high, degrees) < central:
+        low, high = high, high * 2
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _student_central(middle, degrees) < central else (low, middle)
+    return high
+
+
+def _student_central(t: float, degrees: int) -> float:
+    """P(|T| <= t). Source: Abramowitz and Stegun, *Handbook of Mathematical Functions*, 26.7.3 and 26.7.4."""
+    theta = math.atan(t / math.sqrt(degrees))
+    cosine = math.cos(theta)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    total *= math.sin(theta)
+    return (theta + total) * 2 / math.pi if odd else total
 
 
 def _decided(n: int, misses: int, p_miss: float, confidence: float) -> bool:

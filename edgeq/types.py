@@ -7,9 +7,13 @@ known is an error, because a misspelt budget that is silently ignored would be a
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
+
+from edgeq.quality import Quality
+from edgeq.record import Count, Layers, Record, Sha256, Threads, Tokens
+from edgeq.search_record import Calibration, SearchRecord, Trial
 
 __all__ = [
     "BUDGET_LINES",
@@ -18,6 +22,7 @@ __all__ = [
     "Budget",
     "BudgetLine",
     "BundleFile",
+    "Calibration",
     "DeviceProfile",
     "Fallback",
     "Manifest",
@@ -25,8 +30,11 @@ __all__ = [
     "ModelSource",
     "Plan",
     "Prediction",
+    "Quality",
     "Rejection",
+    "SearchRecord",
     "SmokeCheck",
+    "Trial",
     "from_json",
     "merge_budgets",
     "to_json",
@@ -34,19 +42,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Limits of what is read back: a manifest is untrusted, and llama.cpp is told its numbers as 32-bit integers.
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_Tokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-_Threads = Annotated[int, msgspec.Meta(ge=1, le=512)]  # GGML_MAX_N_THREADS
-_Layers = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
-_Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
-
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every record: immutable, keyword-only, strict about keys."""
-
-
-class ModelSource(_Record, frozen=True, kw_only=True):
+class ModelSource(Record, frozen=True, kw_only=True):
     """Where a model comes from.
 
     Attributes:
@@ -66,13 +63,13 @@ class ModelSource(_Record, frozen=True, kw_only=True):
     path: str
     format: Literal["hf", "gguf"]
     architecture: str
-    n_params: _Count
+    n_params: Count
     dtype: str
     weights_sha256: str | None = None
     license: str | None = None
 
 
-class BudgetLine(_Record, frozen=True, kw_only=True):
+class BudgetLine(Record, frozen=True, kw_only=True):
     """One quantity that a budget can constrain, and how it is judged. `BUDGET_LINES` holds them all.
 
     Attributes:
@@ -101,7 +98,7 @@ BUDGET_LINES: tuple[BudgetLine, ...] = (
 )
 
 
-class Budget(_Record, frozen=True, kw_only=True, omit_defaults=True):
+class Budget(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Limits that a bundle must keep on its device. None leaves a quantity free.
 
     A quantity that is constrained but was not measured never passes.
@@ -116,7 +113,7 @@ class Budget(_Record, frozen=True, kw_only=True, omit_defaults=True):
         power_w: mean over the run.
     """
 
-    peak_memory_bytes: _Count | None = None
+    peak_memory_bytes: Count | None = None
     load_ms: float | None = None
     ttft_ms: float | None = None
     itl_ms: float | None = None
@@ -136,7 +133,7 @@ def merge_budgets(base: Budget, override: Budget) -> Budget:
     return msgspec.structs.replace(base, **chosen)
 
 
-class Memory(_Record, frozen=True, kw_only=True):
+class Memory(Record, frozen=True, kw_only=True):
     """A device's memory.
 
     Attributes:
@@ -157,7 +154,7 @@ class Memory(_Record, frozen=True, kw_only=True):
         return self.total_bytes - self.reserved_bytes
 
 
-class Backend(_Record, frozen=True, kw_only=True):
+class Backend(Record, frozen=True, kw_only=True):
     """One way to run models on a device.
 
     Attributes:
@@ -177,7 +174,7 @@ class Backend(_Record, frozen=True, kw_only=True):
     device_overhead_bytes: int = 0
 
 
-class DeviceProfile(_Record, frozen=True, kw_only=True):
+class DeviceProfile(Record, frozen=True, kw_only=True):
     """What a device is, with a source for each number.
 
     Attributes:
@@ -212,7 +209,7 @@ class DeviceProfile(_Record, frozen=True, kw_only=True):
         return self.backends[0]
 
 
-class Fallback(_Record, frozen=True, kw_only=True):
+class Fallback(Record, frozen=True, kw_only=True):
     """A tensor that could not take the type it was meant to have.
 
     Attributes:
@@ -228,7 +225,7 @@ class Fallback(_Record, frozen=True, kw_only=True):
     reason: str
 
 
-class Rejection(_Record, frozen=True, kw_only=True):
+class Rejection(Record, frozen=True, kw_only=True):
     """An alternative that was not chosen.
 
     Attributes:
@@ -240,7 +237,7 @@ class Rejection(_Record, frozen=True, kw_only=True):
     reason: str
 
 
-class Prediction(_Record, frozen=True, kw_only=True):
+class Prediction(Record, frozen=True, kw_only=True):
     """What a plan will take. Bytes of file, weights and KV cache are exact, the rest is modelled.
 
     Attributes:
@@ -256,19 +253,19 @@ class Prediction(_Record, frozen=True, kw_only=True):
         prompt_tokens: the prompt that ``ttft_ms`` is for.
     """
 
-    file_bytes: _Count
-    weights_bytes: _Count
-    kv_cache_bytes: _Count
-    compute_bytes: _Count
-    runtime_bytes: _Count
-    peak_memory_bytes: _Count
+    file_bytes: Count
+    weights_bytes: Count
+    kv_cache_bytes: Count
+    compute_bytes: Count
+    runtime_bytes: Count
+    peak_memory_bytes: Count
     itl_ms: float
     tokens_per_s: float
     ttft_ms: float
-    prompt_tokens: _Count
+    prompt_tokens: Count
 
 
-class Plan(_Record, frozen=True, kw_only=True):
+class Plan(Record, frozen=True, kw_only=True):
     """Every decision about a bundle, made before a weight is read.
 
     Attributes:
@@ -285,6 +282,7 @@ class Plan(_Record, frozen=True, kw_only=True):
         gpu_layers: layers on the accelerator; -1 for all.
         predicted: what it will take on the target.
         rejected: alternatives and why they were not chosen.
+        search: how mixed types were found; None for a preset or a recipe.
         notes: what a user must know, one line each.
     """
 
@@ -292,19 +290,20 @@ class Plan(_Record, frozen=True, kw_only=True):
     preset: str | None = None
     tensor_types: dict[str, str]
     fallbacks: tuple[Fallback, ...] = ()
-    context_tokens: _Tokens
+    context_tokens: Tokens
     kv_type_k: str = "f16"
     kv_type_v: str = "f16"
     flash_attention: bool = True
-    ubatch_tokens: _Tokens
-    threads: _Threads | None = None
-    gpu_layers: _Layers = 0
+    ubatch_tokens: Tokens
+    threads: Threads | None = None
+    gpu_layers: Layers = 0
     predicted: Prediction
     rejected: tuple[Rejection, ...] = ()
+    search: SearchRecord | None = None
     notes: tuple[str, ...] = ()
 
 
-class BundleFile(_Record, frozen=True, kw_only=True):
+class BundleFile(Record, frozen=True, kw_only=True):
     """One hashed file of a bundle.
 
     Attributes:
@@ -316,11 +315,11 @@ class BundleFile(_Record, frozen=True, kw_only=True):
 
     path: str
     role: str
-    size_bytes: _Count
-    sha256: _Sha256
+    size_bytes: Count
+    sha256: Sha256
 
 
-class SmokeCheck(_Record, frozen=True, kw_only=True):
+class SmokeCheck(Record, frozen=True, kw_only=True):
     """The artifact against the unquantized model on a short fixed text: proof of life, no measure of quality.
 
     Attributes:
@@ -331,14 +330,14 @@ class SmokeCheck(_Record, frozen=True, kw_only=True):
         text_sha256: of the text.
     """
 
-    tokens: _Count
+    tokens: Count
     mean_kld: float
     max_kld: float
     top1_agreement: float
     text_sha256: str
 
 
-class Artifact(_Record, frozen=True, kw_only=True):
+class Artifact(Record, frozen=True, kw_only=True):
     """Facts about the model that a session needs and a GGUF would have to be parsed for.
 
     Attributes:
@@ -350,13 +349,13 @@ class Artifact(_Record, frozen=True, kw_only=True):
     """
 
     architecture: str
-    n_layers: _Count
-    n_vocab: _Count
-    trained_context_tokens: _Count
+    n_layers: Count
+    n_vocab: Count
+    trained_context_tokens: Count
     has_chat_template: bool
 
 
-class Manifest(_Record, frozen=True, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """``edgeq.json``, the contract between converters and runtime.
 
     Attributes:
@@ -367,7 +366,8 @@ class Manifest(_Record, frozen=True, kw_only=True):
         artifact: what a session must know of it.
         plan: how it was made.
         files: the hashed set; reports are not part of it.
-        smoke: artifact against reference.
+        smoke: artifact against reference, as proof of life.
+        quality: artifact against reference on held-out text; None if it was not measured.
         budget: the limits that the plan was made for.
         built_for: name of the profile.
         tools: name to version of what made it.
@@ -382,6 +382,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     plan: Plan
     files: tuple[BundleFile, ...]
     smoke: SmokeCheck | None
+    quality: Quality | None = None
     budget: Budget
     built_for: str
     tools: dict[str, str]

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from edgeq import stats
+from edgeq.record import Record
 from edgeq.types import BUDGET_LINES, Budget, BudgetLine, Prediction
 
 __all__ = [
@@ -32,11 +33,7 @@ DEFAULT_CONFIDENCE = 0.95
 Result = Literal["PASS", "FAIL", "INSUFFICIENT"]
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every record, as in `edgeq.types`: immutable, keyword-only, strict about keys."""
-
-
-class Percentile(_Record, frozen=True, kw_only=True):
+class Percentile(Record, frozen=True, kw_only=True):
     """One percentile of a metric with its one-sided bounds.
 
     Attributes:
@@ -52,7 +49,7 @@ class Percentile(_Record, frozen=True, kw_only=True):
     upper: float | None
 
 
-class Metric(_Record, frozen=True, kw_only=True):
+class Metric(Record, frozen=True, kw_only=True):
     """Raw samples of one quantity.
 
     Attributes:
@@ -75,7 +72,7 @@ class Metric(_Record, frozen=True, kw_only=True):
         raise KeyError(q)
 
 
-class Verdict(_Record, frozen=True, kw_only=True):
+class Verdict(Record, frozen=True, kw_only=True):
     """One line of a budget.
 
     Attributes:

@@ -19,6 +19,7 @@ __all__ = [
     "ModelShape",
     "compute_buffer_bytes",
     "file_bytes",
+    "held_twice",
     "kv_cache_bytes",
     "predict",
     "weights_bytes",
@@ -96,10 +97,17 @@ def weights_bytes(shape: ModelShape, types: Mapping[str, str], profile: DevicePr
     A tied embedding counts twice where the look-up and the output need it in different forms or memories.
     """
     total = sum(tensor_bytes(types[name], dims) for name, dims in shape.tensors.items())
-    repacked = _REPACKED.get(profile.arch, frozenset().union(*_REPACKED.values()))
-    if shape.tied_embedding and (profile.accelerator != "cpu" or types[EMBEDDING] in repacked):
+    if held_twice(shape, EMBEDDING, types[EMBEDDING], profile):
         total += tensor_bytes(types[EMBEDDING], shape.tensors[EMBEDDING])
     return total
+
+
+def held_twice(shape: ModelShape, tensor: str, type_name: str, profile: DeviceProfile) -> bool:
+    """Whether a tensor of that type is in memory in two forms: a tied embedding that is repacked or on a device."""
+    if tensor != EMBEDDING or not shape.tied_embedding:
+        return False
+    repacked = _REPACKED.get(profile.arch, frozenset().union(*_REPACKED.values()))
+    return profile.accelerator != "cpu" or type_name in repacked
 
 
 def kv_cache_bytes(shape: ModelShape, context_tokens: int, type_k: str, type_v: str, ubatch_tokens: int) -> int:
@@ -137,6 +145,7 @@ def predict(
     kv_types: tuple[str, str],
     ubatch_tokens: int,
     prompt_tokens: int,
+    matrices_ms: float | None = None,
 ) -> Prediction:
     """Predict memory and latency of a model with these types on a device.
 
@@ -148,6 +157,8 @@ def predict(
         kv_types: of keys and values.
         ubatch_tokens: prompt tokens computed at once.
         prompt_tokens: the prompt that the time to first token is for.
+        matrices_ms: time of all matrices of a decoded token where it was measured; None for their bytes over the
+            profile's bandwidth.
 
     Decoding reads every weight but the rows of the embedding that are not looked up, and the whole KV cache, at the
     profile's effective bandwidth: the slowest token of a session, not the first. A prompt takes two operations for
@@ -160,7 +171,9 @@ def predict(
     runtime = backend.runtime_bytes + backend.device_overhead_bytes + _VOCAB_BYTES_PER_TOKEN * shape.n_vocab
     read = sum(tensor_bytes(types[n], s) for n, s in shape.tensors.items() if n != EMBEDDING or shape.tied_embedding)
     bandwidth = profile.memory.bandwidth_bytes_per_s * backend.decode_efficiency
-    itl_ms = backend.token_overhead_ms + 1e3 * (read + kv_cache) / bandwidth
+    if matrices_ms is None:
+        matrices_ms = 1e3 * read / bandwidth
+    itl_ms = backend.token_overhead_ms + matrices_ms + 1e3 * kv_cache / bandwidth
     multiplied = sum(math.prod(s) for n, s in shape.tensors.items() if len(s) > 1 and n != EMBEDDING)
     prefill_ms = 1e3 * 2 * multiplied * prompt_tokens / backend.compute_flops_per_s
     return Prediction(

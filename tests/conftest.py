@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import secrets
 import socket
@@ -13,7 +14,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import hypothesis
 import pytest
@@ -23,6 +24,14 @@ hypothesis.settings.register_profile("edgeq", deadline=None)
 hypothesis.settings.load_profile("edgeq")
 
 REPO = Path(__file__).resolve().parent.parent
+
+_TINY_VOCAB = 320
+_TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "phi3": ("Phi3Config", {}),
+}
 
 
 def load_script(name: str) -> ModuleType:
@@ -135,11 +144,100 @@ def smollm2_gguf() -> Path:
     return path
 
 
+# Looked up before `own_cache` hides the user's cache: this one is meant to stay between runs.
+_SMOLLM2_FOLDER: Path = load_script("make_smollm2").default_folder()
+
+
 @pytest.fixture(scope="session")
 def smollm2_hf() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder (bf16, 269 MB), made on first use and cached between runs."""
-    path: Path = load_script("make_smollm2").make()
+    path: Path = load_script("make_smollm2").make(_SMOLLM2_FOLDER)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests, and the commands that they run, keep results in a folder of this session, never in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("EDGEQ_CACHE", str(folder))
+        yield folder
+
+
+class TinyHf(Protocol):
+    """The signature of the ``tiny_hf`` fixture."""
+
+    def __call__(self, case: str = "llama-tied", *, width: int = 64, seed: int = 1) -> Path:
+        """The Hugging Face folder of a random model; its GGUF in F16 lies beside it, with the suffix ``.gguf``."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> TinyHf:
+    """``tiny_hf("qwen2", width=256)``: a model of two layers and 320 tokens, its weights on the grid of F16.
+
+    Cases: ``llama-tied``, ``llama-untied``, ``qwen2`` (tied), ``phi3``. Tests must not change what they get.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from edgeq.converters.gguf.export import export_gguf
+
+    made: dict[tuple[str, int, int], Path] = {}
+
+    def make(case: str = "llama-tied", *, width: int = 64, seed: int = 1) -> Path:
+        key = (case, width, seed)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny-hf") / f"{case}-{width}"
+            config, changes = _TINY[case]
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(
+                getattr(transformers, config)(**_tiny_settings(width), **changes)
+            )
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.half())
+            model.save_pretrained(folder)
+            _write_tiny_tokenizer(folder)
+            export_gguf(folder, folder.with_suffix(".gguf"), float_type="f16")
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def _tiny_settings(width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": _TINY_VOCAB,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 1.6 / width**0.5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+
+
+def _write_tiny_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCAB,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the robot moves its arm to the shelf and waits for the camera"] * 20, trainer)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+    )
 
 
 def write_bundle(folder: Path, model: Path, *, built_for: str = "laptop-cpu") -> Path:

@@ -74,8 +74,12 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 LADDER: tuple[str, ...] = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs", "q3_k_m")
 
 
-def find_preset(name: str) -> Preset:
+def find_preset(name: str, *, imatrix: bool = False) -> Preset:
     """The preset of that name, in any case.
+
+    Args:
+        name: such as ``"q4_k_m"``.
+        imatrix: whether there will be an importance matrix.
 
     Raises:
         UsageError: there is none (the nearest names are given), or it needs an importance matrix.
@@ -84,10 +88,10 @@ def find_preset(name: str) -> Preset:
     if found is None:
         close = nearest(name, list(PRESETS)) or list(PRESETS)
         raise UsageError(f"{name!r} is no quantization preset", f"Choose one of {', '.join(close)}")
-    if found.needs_imatrix:
+    if found.needs_imatrix and not imatrix:
         raise UsageError(
-            f"The preset {found.name} needs an importance matrix, which edgeq does not collect yet",
-            "Choose iq3_s, q3_k_m or a larger one",
+            f"The preset {found.name} needs an importance matrix",
+            "Give one with --imatrix FILE, search without --quant (--search always), or take iq3_s, q3_k_m or larger",
         )
     return found
 

@@ -18,14 +18,15 @@ from pathlib import Path
 from types import ModuleType
 
 from edgeq.converters.gguf.header import GgufHeader, read_header
+from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches
 from edgeq.converters.gguf.presets import PRESETS, Preset, preset_of_type
-from edgeq.errors import ConversionError
+from edgeq.errors import ConversionError, UsageError
 from edgeq.ggml_types import ggml_type, tensor_bytes
 from edgeq.llama_library import capture_log, check_threads, interruptible, library
 from edgeq.staging import disk_full_is_one_line
 from edgeq.types import Fallback
 
-__all__ = ["Preview", "assert_types", "preview", "quantizable_tensors", "quantize"]
+__all__ = ["Preview", "assert_types", "file_type", "preview", "quantizable_tensors", "quantize"]
 
 # "[  1/ 272] token_embd.weight - [576, 49152, 1, 1], type = f16, size = 54.0 MiB -> 28.7 MiB (q8_0)"
 _TENSOR_LINE = re.compile(
@@ -56,12 +57,13 @@ class Preview:
     fallbacks: tuple[Fallback, ...]
 
 
-def preview(source: Path, preset: Preset) -> Preview:
+def preview(source: Path, preset: Preset, *, imatrix: ImportanceMatrix | None = None) -> Preview:
     """Ask llama.cpp what a preset would make of a file, without quantizing anything.
 
     Args:
         source: a float GGUF, or a skeleton of one; only its header is read.
         preset: the preset.
+        imatrix: what it will be quantized with; some presets give other types then.
 
     Raises:
         ConversionError: llama.cpp refuses the file or logs something that edgeq cannot read.
@@ -69,6 +71,8 @@ def preview(source: Path, preset: Preset) -> Preview:
     header = read_header(source)
     params = _params(library(), preset.ftype)
     params.dry_run = True
+    if imatrix is not None:
+        params.imatrix = _imatrix_array(library(), imatrix)
     text = "\n".join(_run(source, Path(os.devnull), params))
     types = {m["name"]: (m["new"] or m["old"]).lower() for m in _TENSOR_LINE.finditer(text)}
     if types.keys() != header.tensors.keys():
@@ -100,6 +104,7 @@ def quantize(
     out: Path,
     types: Mapping[str, str],
     *,
+    imatrix: ImportanceMatrix | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> None:
@@ -109,11 +114,13 @@ def quantize(
         source: a float GGUF.
         out: written anew; removed if anything fails.
         types: of every tensor in ``source``; those that stay as they are may be named too.
+        imatrix: of this model; None lets every column of a matrix count the same.
         threads: 0 for all cores.
         progress: told tensors done, tensors in all, and the name of the one in work.
 
     Raises:
-        UsageError: more threads than llama.cpp takes.
+        UsageError: more threads than llama.cpp takes, an ``imatrix`` of another model, or a type that needs an entry
+            which it does not have.
         ConversionError: llama.cpp failed, or the file is not what was asked for.
         DiskFullError: no room.
     """
@@ -121,9 +128,12 @@ def quantize(
         check_threads(threads)
     lib = library()
     header = read_header(source)
-    params = _params(lib, _file_type(types, header))
+    params = _params(lib, file_type(types, header))
     params.nthread = threads
+    _refuse_unweighted(types, header, imatrix)
     params.tt_overrides = _override_array(lib, types)  # the structure keeps what it points to alive
+    if imatrix is not None:
+        params.imatrix = _imatrix_array(lib, imatrix)
     try:
         with disk_full_is_one_line(out.parent):
             _run(source, out, params, progress)
@@ -151,7 +161,7 @@ def assert_types(path: Path, types: Mapping[str, str]) -> None:
         )
 
 
-def _file_type(types: Mapping[str, str], header: GgufHeader) -> int:
+def file_type(types: Mapping[str, str], header: GgufHeader) -> int:
     """The ``general.file_type``: the most common type of the matrices, but a float one only if all have it.
 
     With a float file type llama.cpp ignores overrides, so a mix of floats must be called by some block type.
@@ -182,6 +192,30 @@ def _override_array(lib: ModuleType, types: Mapping[str, str]) -> ctypes.Array[c
     array: ctypes.Array[ctypes.Structure] = (entry * (len(types) + 1))()
     for index, (name, kind) in enumerate(types.items()):
         array[index] = entry(_anchored(name).encode(), ggml_type(kind).id)
+    return array
+
+
+def _refuse_unweighted(types: Mapping[str, str], header: GgufHeader, imatrix: ImportanceMatrix | None) -> None:
+    """Some types end the process without an importance matrix, and llama.cpp lets the embedding get there."""
+    changed = [name for name, kind in types.items() if name in header.tensors and kind != header.tensors[name].type]
+    if imatrix is not None:
+        check_matches(imatrix, header, changed)
+    for name in changed:
+        if ggml_type(types[name]).needs_imatrix and (imatrix is None or name not in imatrix.entries):
+            raise UsageError(
+                f"{name} cannot become {types[name]} without an entry in an importance matrix",
+                "Give one of this model with --imatrix, or another type for this tensor",
+            )
+
+
+def _imatrix_array(lib: ModuleType, imatrix: ImportanceMatrix) -> ctypes.Array[ctypes.Structure]:
+    """One entry for each tensor, ended by a null entry. It owns the values, for as long as C may read them."""
+    entry = lib.llama_model_imatrix_data
+    array: ctypes.Array[ctypes.Structure] = (entry * (len(imatrix.entries) + 1))()
+    for index, (name, activations) in enumerate(imatrix.entries.items()):
+        values = activations.mean_squares
+        owned = (ctypes.c_float * values.size).from_buffer_copy(values.tobytes())
+        array[index] = entry(name.encode("utf-8", errors="surrogateescape"), owned, values.size)
     return array
 
 

@@ -21,7 +21,15 @@ from edgeq.errors import UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.strict_yaml import load_yaml
 
-__all__ = ["Override", "Recipe", "apply_overrides", "parse_override", "read_recipe", "recipe_yaml"]
+__all__ = [
+    "Override",
+    "Recipe",
+    "apply_overrides",
+    "parse_override",
+    "read_recipe",
+    "recipe_yaml",
+    "tensor_type_file",
+]
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,11 +103,37 @@ def recipe_yaml(types: Mapping[str, str], base: str | None) -> str:
     return yaml.safe_dump({"version": 1, "base": base, "overrides": overrides}, sort_keys=False)
 
 
+def tensor_type_file(types: Mapping[str, str]) -> str:
+    """A plan's types as a file for ``llama-quantize --tensor-type-file``, one line for each tensor.
+
+    llama-quantize splits the file at white space and each entry at its first ``=``, puts the part before it in lower
+    case, and searches it in the tensors' names as an ECMAScript expression; the first match wins
+    (``tools/quantize/quantize.cpp``, ``src/llama-quant.cpp``). So names are anchored and escaped, and a capital letter
+    becomes a dot.
+
+    Raises:
+        UsageError: a name that such a file cannot hold, or that it cannot tell from another one.
+    """
+    lines = []
+    for name, kind in types.items():
+        pattern = "^" + re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", name) + "$"
+        loose = re.sub("[A-Z]", ".", pattern)
+        clash = loose != pattern and sum(bool(re.search(loose, other)) for other in types) > 1
+        if clash or not name or "=" in name or any(c.isspace() for c in name):
+            raise UsageError(
+                f"llama-quantize's files of types cannot name the tensor {name!r}", "Export a recipe instead"
+            )
+        lines.append(f"{loose}={ggml_type(kind).name}\n")
+    return "".join(lines)
+
+
 def apply_overrides(
     base_types: Mapping[str, str],
     overrides: Sequence[Override],
     quantizable: Iterable[str],
     shapes: Mapping[str, tuple[int, ...]],
+    *,
+    imatrix: bool = False,
 ) -> dict[str, str]:
     """Types of all tensors after the overrides.
 
@@ -108,10 +142,11 @@ def apply_overrides(
         overrides: the first that matches a name decides.
         quantizable: tensors whose type llama.cpp lets anyone choose.
         shapes: in ggml's order, row length first.
+        imatrix: whether there will be an importance matrix.
 
     Raises:
-        UsageError: an override that matches nothing, a tensor whose rows its type does not divide, or a tensor that
-            llama.cpp keeps as it is.
+        UsageError: an override that matches nothing, a tensor whose rows its type does not divide, a tensor that
+            llama.cpp keeps as it is, or a type that needs an importance matrix where there is none.
     """
     free = set(quantizable)
     types = dict(base_types)
@@ -120,23 +155,23 @@ def apply_overrides(
         for index, override in enumerate(overrides):
             if re.search(override.match, name):
                 hits[index] += 1
-                types[name] = _legal(name, override, base_types[name], name in free, shapes[name])
+                types[name] = _legal(name, override, base_types[name], shapes[name], free=name in free, imatrix=imatrix)
                 break
     _refuse_idle(overrides, hits, list(base_types))
     return types
 
 
-def _legal(name: str, override: Override, base: str, free: bool, shape: tuple[int, ...]) -> str:
+def _legal(name: str, override: Override, base: str, shape: tuple[int, ...], *, free: bool, imatrix: bool) -> str:
     kind = ggml_type(override.type)
     if not free and kind.name != base:
         raise UsageError(
             f"{name} always stays {base} in llama.cpp, but {override.match!r} asks for {kind.name}",
             "Narrow the regular expression, for example to names that end in weight$ of attn_ or ffn_ matrices",
         )
-    if kind.needs_imatrix:
+    if kind.needs_imatrix and not imatrix:
         raise UsageError(
-            f"The type {kind.name} needs an importance matrix, which edgeq does not collect yet",
-            "Choose iq3_s, q3_k or a larger one",
+            f"The type {kind.name} needs an importance matrix",
+            "Give one with --imatrix FILE, search without --quant and --recipe (--search always), or take iq3_s or larger",
         )
     if not kind.fits(shape[0]):
         raise UsageError(

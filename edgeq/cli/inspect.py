@@ -11,6 +11,7 @@ from edgeq.cli.arguments import add_json_argument
 
 if TYPE_CHECKING:
     from edgeq.bundle import Bundle
+    from edgeq.quality import Interval, Quality
 
 EXAMPLES = """\
 edgeq inspect bundle
@@ -70,7 +71,29 @@ def _checks(bundle: Bundle) -> list[str]:
             f"check    against the unquantized model over {smoke.tokens} tokens: mean KL {smoke.mean_kld:.4f}, "
             f"same top token {smoke.top1_agreement:.1%} (proof of life, no measure of quality)"
         )
+    if manifest.quality is not None:
+        lines += _quality(manifest.quality)
     n_reports = len(list(bundle.reports.glob("*-bench.json"))) if bundle.reports.is_dir() else 0
     path = shlex.quote(str(bundle.path))
     shown = f"edgeq report {path} shows the latest" if n_reports else f"make one with edgeq bench {path}"
     return [*lines, f"reports  {n_reports}; {shown}"]
+
+
+def _quality(quality: Quality) -> list[str]:
+    overlap = "" if quality.overlap is None else f", {quality.overlap:.2%} of it calibrated on"
+    read = f"{quality.tokens} tokens in {quality.chunks} chunks of {quality.text}{overlap}"
+    tails = f"99 % {quality.p99_kld:.3f}, 99.9 % {quality.p999_kld:.3f}, max {quality.max_kld:.2f}"
+    mean = f"{quality.mean_kld:.4f}{_interval(quality.mean_kld_interval, '.4f')}"
+    top1 = f"{quality.top1:.1%}{_interval(quality.top1_interval, '.1%')}"
+    ratio = f"{quality.ppl_ratio:.4f}{_interval(quality.ppl_ratio_interval, '.4f')}"
+    return [
+        f"quality  against the {quality.reference} reference over {read}",
+        f"         mean KL {mean}, {tails}, noise floor {quality.noise_floor_kld:.1e} nats",
+        f"         same top token {top1}, perplexity ratio {ratio}; intervals at {quality.confidence:.0%}",
+    ]
+
+
+def _interval(interval: Interval, form: str) -> str:
+    if interval.low is None or interval.high is None:
+        return ""
+    return f" ({interval.low:{form}} to {interval.high:{form}})"

@@ -23,7 +23,12 @@ _ALL_PRESETS = tuple(
 
 
 def infeasible(
-    menu: Menu, candidates: Sequence[Candidate], budget: Budget, profile: DeviceProfile, prompt_tokens: int
+    menu: Menu,
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    profile: DeviceProfile,
+    prompt_tokens: int,
+    max_file_bytes: int | None = None,
 ) -> BudgetError:
     """The error for a budget that no candidate meets, with the closest alternatives as its details.
 
@@ -33,11 +38,12 @@ def infeasible(
         budget: the limits.
         profile: the device.
         prompt_tokens: as for the candidates.
+        max_file_bytes: of the GGUF, a limit too.
     """
-    nearest = min(candidates, key=lambda c: sum(m.excess for m in misses(c.predicted, budget)))
-    missed = "; ".join(str(miss) for miss in misses(nearest.predicted, budget))
+    nearest = min(candidates, key=lambda c: sum(m.excess for m in misses(c.predicted, budget, max_file_bytes)))
+    missed = "; ".join(str(miss) for miss in misses(nearest.predicted, budget, max_file_bytes))
     cause = f"No plan meets the budget on {profile.name}: the closest, {nearest.label}, has {missed}"
-    search = _Search(menu, candidates, budget, profile, prompt_tokens)
+    search = _Search(menu, candidates, budget, profile, prompt_tokens, max_file_bytes)
     # First what costs little quality; everything else only if that does not help.
     for presets, kv_types in ((LADDER, ("q8_0",)), (_ALL_PRESETS, ("q8_0", "q4_0"))):
         if fitting := search.run(presets, kv_types):
@@ -59,6 +65,7 @@ class _Search:
     budget: Budget
     profile: DeviceProfile
     prompt_tokens: int
+    max_file_bytes: int | None
 
     def run(self, presets: Sequence[str], kv_types: Sequence[str]) -> list[Candidate]:
         """Plans that fit, those that give up least first."""
@@ -66,7 +73,7 @@ class _Search:
         for choice, given_up in self._choices(presets):
             for settings, weaker_by in self._settings(kv_types):
                 candidate = self.menu.candidate(choice, settings, self.profile, self.prompt_tokens)
-                if not misses(candidate.predicted, self.budget):
+                if not misses(candidate.predicted, self.budget, self.max_file_bytes):
                     found.append((given_up + weaker_by, candidate))
         found.sort(key=lambda item: (item[0], -item[1].settings.context_tokens, -item[1].predicted.file_bytes))
         return _undominated([candidate for _, candidate in found])[:_SHOWN]

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from edgeq.converters.gguf.header import GgufHeader, read_header
+from edgeq.converters.gguf.imatrix import ImportanceMatrix
 from edgeq.converters.gguf.presets import Preset
 from edgeq.converters.gguf.quantize import preview, quantizable_tensors
 from edgeq.converters.gguf.recipe import Override, apply_overrides
@@ -100,11 +101,13 @@ class Menu:
     Args:
         gguf: a float GGUF or a skeleton of one.
         overrides: of the user, applied to every preset.
+        imatrix: what the model will be quantized with; some presets need one, some give other types then.
     """
 
-    def __init__(self, gguf: Path, overrides: Sequence[Override]) -> None:
+    def __init__(self, gguf: Path, overrides: Sequence[Override], imatrix: ImportanceMatrix | None = None) -> None:
         self._gguf = gguf
         self._overrides = tuple(overrides)
+        self._imatrix = imatrix
         self._choices: dict[str, Choice] = {}
         self.header: GgufHeader = read_header(gguf)
         self.shape: ModelShape = model_shape(self.header)
@@ -116,10 +119,16 @@ class Menu:
         return self._choices[preset.name]
 
     def _make(self, preset: Preset) -> Choice:
-        base = preview(self._gguf, preset)
+        base = preview(self._gguf, preset, imatrix=self._imatrix)
         if not self._overrides:
             return Choice(preset.name, preset, base.types, base.fallbacks)
-        types = apply_overrides(base.types, self._overrides, quantizable_tensors(self._gguf), dict(self.shape.tensors))
+        types = apply_overrides(
+            base.types,
+            self._overrides,
+            quantizable_tensors(self._gguf),
+            dict(self.shape.tensors),
+            imatrix=self._imatrix is not None,
+        )
         kept = tuple(f for f in base.fallbacks if types[f.tensor] == base.types[f.tensor])
         return Choice(f"{preset.name} with overrides", preset, types, kept)
 
@@ -149,9 +158,11 @@ def effective_budget(budget: Budget, profile: DeviceProfile) -> Budget:
     return msgspec.structs.replace(budget, peak_memory_bytes=limit)
 
 
-def misses(predicted: Prediction, budget: Budget) -> list[Miss]:
+def misses(predicted: Prediction, budget: Budget, max_file_bytes: int | None = None) -> list[Miss]:
     """The lines that a prediction does not meet; quantities that are not predicted are left to the measurement."""
     found = []
+    if max_file_bytes is not None and predicted.file_bytes > max_file_bytes:
+        found.append(Miss("file size", predicted.file_bytes, max_file_bytes, "bytes"))
     for line in BUDGET_LINES:
         limit, needed = budget.limit(line), getattr(predicted, line.field, None)
         if limit is None or needed is None:

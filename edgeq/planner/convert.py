@@ -29,7 +29,8 @@ from edgeq.converters.gguf.export import export_gguf, export_skeleton
 from edgeq.converters.gguf.external import export_with_llama_cpp
 from edgeq.converters.gguf.finite import check_weights
 from edgeq.converters.gguf.header import read_header
-from edgeq.converters.gguf.quantize import quantize
+from edgeq.converters.gguf.imatrix import ImportanceMatrix
+from edgeq.converters.gguf.quantize import assert_types, quantize
 from edgeq.converters.gguf.recipe import recipe_yaml
 from edgeq.converters.gguf.shape import describe_artifact
 from edgeq.converters.gguf.smoke import smoke_check
@@ -38,14 +39,28 @@ from edgeq.converters.source import resolve, weight_files, weights_sha256
 from edgeq.errors import ConversionError, OutputExistsError, SourceError, UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.llama_library import versions
+from edgeq.planner.decide import (
+    Found,
+    demand_of,
+    export_reference,
+    given_imatrix,
+    pose_problem,
+    searched_plan,
+    wants_search,
+    workshop,
+)
+from edgeq.planner.inspection import Inspector, QualityOptions, judged_plan
 from edgeq.planner.plan import Request, make_plan
+from edgeq.planner.problem import Problem, SearchOptions
+from edgeq.planner.search import Demand, Goal
 from edgeq.profiles.loader import load_profile
 from edgeq.staging import publish, refuse_occupied, staging_folder
-from edgeq.types import Budget, DeviceProfile, Manifest, ModelSource, Plan, SmokeCheck, merge_budgets
+from edgeq.types import Budget, DeviceProfile, Manifest, ModelSource, Plan, Quality, SmokeCheck, merge_budgets
 
 __all__ = ["Job", "convert", "plan_only"]
 
 Progress = Callable[[str, int, int, str], None]
+Look = Callable[[Problem, Demand, Plan], None]
 
 MODEL_FILE = "model.gguf"
 RECIPE_FILE = "recipe.yaml"
@@ -67,6 +82,9 @@ class Job:
         revision: of a hub id.
         llama_cpp: a checkout whose converter replaces edgeq's own.
         threads: for quantizing and checking; 0 for all cores.
+        goal: limits on bytes and quality.
+        search: whether and how types are searched for.
+        quality: on which text the result is judged.
     """
 
     model: str
@@ -76,6 +94,9 @@ class Job:
     revision: str | None = None
     llama_cpp: Path | None = None
     threads: int = 0
+    goal: Goal = dataclasses.field(default_factory=Goal)
+    search: SearchOptions = dataclasses.field(default_factory=SearchOptions)
+    quality: QualityOptions = dataclasses.field(default_factory=QualityOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +108,10 @@ class _Decided:
     budget: Budget
     plan: Plan
     reference: Path | None  # a complete float GGUF, if one had to be there for planning
+    imatrix: ImportanceMatrix | None = None  # the user's, for a preset or a recipe
+    posed: tuple[Problem, Demand] | None = None  # what a search that made no file was about
+    found: Found | None = None  # of a search
+    quality: Quality | None = None
 
 
 def convert(job: Job, out: Path, *, force: bool = False, progress: Progress = _silent) -> Bundle:
@@ -107,10 +132,10 @@ def convert(job: Job, out: Path, *, force: bool = False, progress: Progress = _s
     stamps = _stamp_weights(source)
     _refuse_own_source(source, list(stamps), target)
     with staging_folder(target) as work:
-        decided = _decide(job, source, work, progress)
         folder = work / "bundle"
         folder.mkdir()
-        smoke = _write_artifact(job, decided, work, folder / MODEL_FILE, progress)
+        decided = _decide(job, source, work, progress, artifact=folder / MODEL_FILE)
+        decided, smoke = _write_artifact(job, decided, work, folder / MODEL_FILE, progress)
         manifest = _describe(decided, smoke, folder, target.name, progress)
         _refuse_changed(stamps, _stamp_weights(source))
         write_manifest(folder, manifest)
@@ -119,17 +144,23 @@ def convert(job: Job, out: Path, *, force: bool = False, progress: Progress = _s
     return Bundle(out, manifest)
 
 
-def plan_only(job: Job, work_beside: Path, *, progress: Progress = _silent) -> tuple[ModelSource, DeviceProfile, Plan]:
+def plan_only(
+    job: Job, work_beside: Path, *, look: Look | None = None, progress: Progress = _silent
+) -> tuple[ModelSource, DeviceProfile, Plan]:
     """Decide as `convert` does, and write nothing that stays.
 
     Args:
         job: as for `convert`.
-        work_beside: a path in the folder where a skeleton may lie meanwhile.
+        work_beside: a path in the folder where a skeleton or a float GGUF may lie meanwhile.
+        look: called after a search with what was searched, while the float GGUF that it is about is still there; not
+            called for a preset or a recipe.
         progress: as for `convert`.
     """
     source = _resolve(job, progress)
     with staging_folder(work_beside) as work:
         decided = _decide(job, source, work, progress)
+        if look is not None and decided.posed is not None:
+            look(*decided.posed, decided.plan)
     return decided.source, decided.profile, decided.plan
 
 
@@ -186,14 +217,50 @@ def _refuse_own_source(source: ModelSource, weights: list[Path], target: Path) -
             )
 
 
-def _decide(job: Job, source: ModelSource, work: Path, progress: Progress) -> _Decided:
+def _decide(job: Job, source: ModelSource, work: Path, progress: Progress, *, artifact: Path | None = None) -> _Decided:
+    """Plan; with ``artifact``, a search also makes, measures and moves the model there."""
     profile = load_profile(job.target)
     budget = merge_budgets(profile.budget, job.budget)
     progress("plan", 0, 1, profile.name)
     gguf, reference, notes = _planning_file(job, source, work, progress)
-    plan = make_plan(gguf, profile, budget, job.request, notes=notes)
+    imatrix, rounding = given_imatrix(job.search.evidence.imatrix, gguf)
+    if wants_search(gguf, profile, budget, job.request, job.goal, job.search, imatrix):
+        return _search(job, source, work, progress, (profile, budget, reference, notes), artifact)
+    plan = make_plan(gguf, profile, budget, job.request, notes=(*notes, *rounding), imatrix=imatrix)
     progress("plan", 1, 1, plan.preset or "recipe")
-    return _Decided(source, profile, budget, plan, reference)
+    return _Decided(source, profile, budget, plan, reference, imatrix)
+
+
+def _search(
+    job: Job,
+    source: ModelSource,
+    work: Path,
+    progress: Progress,
+    known: tuple[DeviceProfile, Budget, Path | None, tuple[str, ...]],
+    artifact: Path | None,
+) -> _Decided:
+    """Search for types, judge the mix on held-out text, and search again for less where a quality limit is missed."""
+    profile, budget, reference, notes = known
+    reference = reference or _reference(source, work, progress)
+    check_weights(read_header(reference), {}, finite=source.format == "hf")
+    sha256 = weights_sha256(source, lambda d, t, n: progress("hash source", d, t, n))
+    shop = workshop(work, sha256, job.threads, progress)
+    problem = pose_problem(reference, source, profile, job.request, job.search, shop)
+    demand = demand_of(reference, profile, budget, job.budget, job.request, job.goal)
+    source = msgspec.structs.replace(source, weights_sha256=sha256)
+    if artifact is None:
+        options = dataclasses.replace(job.search, trials=0)
+        found = searched_plan(problem, demand, job.request, options, shop, notes)
+        return _Decided(source, profile, budget, found.plan, reference, posed=(problem, demand))
+    inspector = Inspector(reference, job.quality, job.goal, job.threads, progress)
+    found, quality = judged_plan(problem, demand, job.request, job.search, shop, notes, inspector, artifact)
+    return _Decided(source, profile, budget, found.plan, reference, found=found, quality=quality)
+
+
+def _reference(source: ModelSource, work: Path, progress: Progress) -> Path:
+    reference = work / "reference.gguf"
+    export_reference(Path(source.path), reference, progress)
+    return reference
 
 
 def _planning_file(
@@ -220,22 +287,27 @@ def _planning_file(
     return result.path, None, result.notes
 
 
-def _write_artifact(job: Job, decided: _Decided, work: Path, artifact: Path, progress: Progress) -> SmokeCheck:
+def _write_artifact(
+    job: Job, decided: _Decided, work: Path, artifact: Path, progress: Progress
+) -> tuple[_Decided, SmokeCheck]:
     """Write the model file and prove it: types, size, tokenizer, and behaviour against the reference."""
     folder = Path(decided.source.path)
     reference = decided.reference
     if reference is None:
         reference = work / "reference.gguf"
         export_gguf(folder, reference, progress=lambda d, t, n: progress("read weights", d, t, n))
-    # An export has counted NaN and infinity already; a GGUF that came from elsewhere has not.
-    check_weights(read_header(reference), decided.plan.tensor_types, finite=decided.reference is None)
-    quantize(
-        reference,
-        artifact,
-        decided.plan.tensor_types,
-        threads=job.threads,
-        progress=lambda d, t, n: progress("quantize", d, t, n),
-    )
+    if decided.found is None:
+        # An export has counted NaN and infinity already; a GGUF that came from elsewhere has not.
+        check_weights(read_header(reference), decided.plan.tensor_types, finite=decided.reference is None)
+        quantize(
+            reference,
+            artifact,
+            decided.plan.tensor_types,
+            imatrix=decided.imatrix,
+            threads=job.threads,
+            progress=lambda d, t, n: progress("quantize", d, t, n),
+        )
+    assert_types(artifact, decided.plan.tensor_types)
     expected, found = decided.plan.predicted.file_bytes, artifact.stat().st_size
     if found != expected:
         raise ConversionError(
@@ -248,14 +320,21 @@ def _write_artifact(job: Job, decided: _Decided, work: Path, artifact: Path, pro
     is_float = all(ggml_type(kind).is_float for kind in decided.plan.tensor_types.values())
     smoke = smoke_check(reference, artifact, is_float=is_float, threads=job.threads or None)
     progress("check model", 1, 1, "")
-    return smoke
+    if decided.quality is None and not (is_float and job.goal == Goal()):
+        inspector = Inspector(reference, job.quality, job.goal, job.threads, progress)
+        quality = inspector.judge(artifact, None)
+        inspector.refuse_missed(quality, None)
+        decided = dataclasses.replace(decided, quality=quality)
+    return decided, smoke
 
 
 def _describe(decided: _Decided, smoke: SmokeCheck, folder: Path, name: str, progress: Progress) -> Manifest:
     """The manifest of a finished artifact; writes the recipe beside it."""
     plan = decided.plan
     (folder / RECIPE_FILE).write_text(recipe_yaml(plan.tensor_types, plan.preset), encoding="utf-8")
-    sha256 = weights_sha256(decided.source, lambda d, t, n: progress("hash source", d, t, n))
+    sha256 = decided.source.weights_sha256
+    if sha256 is None:
+        sha256 = weights_sha256(decided.source, lambda d, t, n: progress("hash source", d, t, n))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -264,6 +343,7 @@ def _describe(decided: _Decided, smoke: SmokeCheck, folder: Path, name: str, pro
         plan=plan,
         files=(describe_file(folder, MODEL_FILE, "model"), describe_file(folder, RECIPE_FILE, "recipe")),
         smoke=smoke,
+        quality=decided.quality,
         budget=decided.budget,
         built_for=decided.profile.name,
         tools={"edgeq": __version__, **versions(), "gguf": importlib.metadata.version("gguf")},

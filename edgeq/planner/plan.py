@@ -1,32 +1,28 @@
-"""Choose a plan that meets the budget, or say which plans come closest.
-
-The seam for better choosers: `choose` takes candidates and returns one. Here it is the largest file that fits.
-"""
+"""Choose the largest preset that meets the budget, or say which plans come closest."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from edgeq.converters.gguf.imatrix import ImportanceMatrix
 from edgeq.converters.gguf.presets import LADDER, PRESETS, find_preset
 from edgeq.converters.gguf.recipe import Override
-from edgeq.errors import UsageError
+from edgeq.errors import BudgetError, UsageError
 from edgeq.llama import KV_TYPES
 from edgeq.planner.alternatives import infeasible
-from edgeq.planner.candidates import Candidate, Menu, Settings, effective_budget, misses
+from edgeq.planner.candidates import Candidate, Choice, Menu, Settings, effective_budget, misses
 from edgeq.types import Budget, DeviceProfile, Plan, Rejection
 from edgeq.units import format_bytes
 
-__all__ = ["Chooser", "Request", "largest_that_fits", "make_plan"]
+__all__ = ["Request", "largest_that_fits", "make_plan", "settings_for"]
 
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_PROMPT_TOKENS = 128
 # Prompt tokens computed at once. A CPU is almost as fast with few, which saves memory and is the grain at which a
 # session reuses a cached prefix and looks at its deadline; a GPU wants many.
 DEFAULT_UBATCH_TOKENS = {"cpu": 128, "cuda": 512}
-
-Chooser = Callable[[Sequence[Candidate], Budget], Candidate | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Request:
         ubatch_tokens: prompt tokens computed at once.
         prompt_tokens: the prompt that the time to first token is predicted for.
         threads: of a session.
+        from_recipe: the overrides are a whole recipe, so nothing is left to search for.
+        max_file_bytes: of the GGUF.
     """
 
     preset: str | None = None
@@ -50,11 +48,15 @@ class Request:
     ubatch_tokens: int | None = None
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS
     threads: int | None = None
+    from_recipe: bool = False
+    max_file_bytes: int | None = None
 
 
-def largest_that_fits(candidates: Sequence[Candidate], budget: Budget) -> Candidate | None:
+def largest_that_fits(
+    candidates: Sequence[Candidate], budget: Budget, max_file_bytes: int | None = None
+) -> Candidate | None:
     """The largest file among those that meet the budget: more bits are rarely worse."""
-    fitting = [c for c in candidates if not misses(c.predicted, budget)]
+    fitting = [c for c in candidates if not misses(c.predicted, budget, max_file_bytes)]
     return max(fitting, key=lambda c: c.predicted.file_bytes, default=None)
 
 
@@ -65,7 +67,7 @@ def make_plan(
     request: Request,
     *,
     notes: Sequence[str] = (),
-    choose: Chooser = largest_that_fits,
+    imatrix: ImportanceMatrix | None = None,
 ) -> Plan:
     """Decide everything about a bundle.
 
@@ -75,22 +77,29 @@ def make_plan(
         budget: limits, the profile's and the user's merged.
         request: what the user asked for.
         notes: what the converter has to say, kept in the plan.
-        choose: picks among candidates that differ in their types.
+        imatrix: what the model will be quantized with, if anything.
 
     Raises:
         BudgetError: nothing meets the budget; the closest alternatives are its details.
         UsageError: an override, preset, context or KV type that this model cannot have.
     """
-    menu = Menu(gguf, request.overrides)
+    menu = Menu(gguf, request.overrides, imatrix)
     limits = effective_budget(budget, profile)
-    settings = _settings(menu, request, profile)
-    presets = [find_preset(request.preset)] if request.preset else [PRESETS[name] for name in LADDER]
-    candidates = [menu.candidate(menu.choice(p), settings, profile, request.prompt_tokens) for p in presets]
-    chosen = choose(candidates, limits)
+    settings = settings_for(menu, request, profile)
+    given = None if request.preset is None else find_preset(request.preset, imatrix=imatrix is not None)
+    presets = [PRESETS[name] for name in LADDER] if given is None else [given]
+    candidates = [
+        menu.candidate(choice, settings, profile, request.prompt_tokens)
+        for choice in _distinct(menu.choice(preset) for preset in presets)
+    ]
+    chosen = largest_that_fits(candidates, limits, request.max_file_bytes)
     if chosen is None:
-        raise infeasible(menu, candidates, limits, profile, request.prompt_tokens)
+        _refuse_file_size(candidates, request.max_file_bytes)
+        raise infeasible(menu, candidates, limits, profile, request.prompt_tokens, request.max_file_bytes)
     rejected = tuple(
-        Rejection(option=c.label, reason=_why_not(c, chosen, limits)) for c in candidates if c is not chosen
+        Rejection(option=c.label, reason=_why_not(c, chosen, limits, request.max_file_bytes))
+        for c in candidates
+        if c is not chosen
     )
     return Plan(
         preset=chosen.choice.preset.name if not request.overrides else None,
@@ -108,15 +117,34 @@ def make_plan(
     )
 
 
-def _why_not(candidate: Candidate, chosen: Candidate, budget: Budget) -> str:
-    missed = misses(candidate.predicted, budget)
+def _distinct(choices: Iterable[Choice]) -> list[Choice]:
+    """Without those that are another one once more, as all presets are under a recipe that names every tensor."""
+    found: list[Choice] = []
+    for choice in choices:
+        if not any(other.types == choice.types for other in found):
+            found.append(choice)
+    return found
+
+
+def _refuse_file_size(candidates: Sequence[Candidate], max_file_bytes: int | None) -> None:
+    smallest = min(c.predicted.file_bytes for c in candidates)
+    if max_file_bytes is not None and smallest > max_file_bytes:
+        raise BudgetError(
+            f"No preset that was looked at has a file of {format_bytes(max_file_bytes)} or less: the smallest has "
+            f"{format_bytes(smallest)}",
+            "Raise --max-size, or let a mix be searched: leave out --quant and --search never",
+        )
+
+
+def _why_not(candidate: Candidate, chosen: Candidate, budget: Budget, max_file_bytes: int | None) -> str:
+    missed = misses(candidate.predicted, budget, max_file_bytes)
     if missed:
         return str(missed[0])
     saved = candidate.predicted.file_bytes - chosen.predicted.file_bytes
     return f"smaller than the chosen one by {format_bytes(-saved)}" if saved <= 0 else "not chosen"
 
 
-def _settings(menu: Menu, request: Request, profile: DeviceProfile) -> Settings:
+def settings_for(menu: Menu, request: Request, profile: DeviceProfile) -> Settings:
     """The user's settings with defaults, checked against the model."""
     trained = menu.header.integer("context_length")
     context = request.context_tokens or min(trained, DEFAULT_CONTEXT_TOKENS)

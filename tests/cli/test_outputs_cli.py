@@ -56,7 +56,41 @@ def _full(bundle: Path) -> Any:
     manifest["source"].update(revision="main", license="mit")
     manifest["budget"] = {"peak_memory_bytes": 1, "itl_ms": 1.0}
     manifest["smoke"] = {"tokens": 1, "mean_kld": 0.0, "max_kld": 0.0, "top1_agreement": 1.0, "text_sha256": "0" * 64}
+    interval = {"low": 0.04, "high": 0.06}
+    manifest["quality"] = {
+        "tokens": 5120,
+        "chunks": 20,
+        "chunk_tokens": 256,
+        "mean_kld": 0.05,
+        "mean_kld_interval": interval,
+        "p99_kld": 0.5,
+        "p999_kld": 1.0,
+        "max_kld": 3.0,
+        "top1": 0.9,
+        "top1_interval": {"low": 0.88, "high": 0.92},
+        "ppl_ratio": 1.02,
+        "ppl_ratio_interval": {"low": None, "high": None},
+        "noise_floor_kld": 1e-6,
+        "confidence": 0.95,
+        "reference": "f16",
+        "text": "prose",
+        "text_sha256": "0" * 64,
+        "overlap": 0.001,
+    }
     return manifest
+
+
+def test_inspect_shows_the_quality(bundle: Path, cli: RunCli) -> None:
+    assert "against the f16 reference" not in cli("inspect", bundle).stdout
+    manifest = _full(bundle)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    shown = cli("inspect", bundle).stdout
+    assert (
+        "quality  against the f16 reference over 5120 tokens in 20 chunks of prose, 0.10% of it calibrated on" in shown
+    )
+    assert "mean KL 0.0500 (0.0400 to 0.0600), 99 % 0.500, 99.9 % 1.000, max 3.00, noise floor 1.0e-06 nats" in shown
+    assert "same top token 90.0% (88.0% to 92.0%), perplexity ratio 1.0200; intervals at 95%" in shown
+    assert json.loads(cli("inspect", bundle, "--json").stdout)["quality"] == manifest["quality"]
 
 
 def test_no_value_of_a_manifest_disturbs_inspect(bundle: Path, cli: RunCli) -> None:

@@ -165,3 +165,37 @@ def test_bad_samples_are_refused() -> None:
         stats.required_samples(50, 0.95, -1)
     assert stats.upper_bound([], 50, 0.95) is None
     assert stats.lower_bound([], 50, 0.95) is None
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 101, 2000, 20_000])
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.975, 0.9995])
+def test_student_t_is_scipys(probability: float, degrees: int) -> None:
+    oracle = pytest.importorskip("scipy.stats").t.ppf(probability, degrees)
+    assert stats.student_t(probability, degrees) == pytest.approx(
+        oracle, rel=5e-4 if degrees > 10_000 else 1e-9, abs=1e-12
+    )
+
+
+def test_student_t_refuses_what_has_no_quantile() -> None:
+    for probability, degrees in ((0.4, 3), (1.0, 3), (0.9, 0)):
+        with pytest.raises(ValueError, match="no quantile"):
+            stats.student_t(probability, degrees)
+
+
+def test_equal_clusters_are_a_sample_of_their_means() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    means = [0.3, 0.5, 0.1, 0.9, 0.4]
+    mean, low, high = stats.clustered_mean([m * 20 for m in means], [20] * 5, 0.9)
+    error = scipy_stats.sem(means)
+    assert (low, high) == pytest.approx(scipy_stats.t.interval(0.9, 4, loc=mean, scale=error))
+    assert mean == pytest.approx(sum(means) / 5)
+
+
+def test_clusters_weigh_what_they_hold() -> None:
+    mean, low, high = stats.clustered_mean([100.0, 0.0], [100, 300], 0.95)
+    assert mean == 0.25
+    assert low < mean < high
+    assert stats.clustered_mean([3.0], [6], 0.95) == (0.5, -math.inf, math.inf)
+    for sums, counts in (([], []), ([1.0], [0]), ([1.0], [1, 2])):
+        with pytest.raises(ValueError, match="clusters need"):
+            stats.clustered_mean(sums, counts, 0.95)

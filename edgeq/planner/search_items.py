@@ -1,0 +1,151 @@
+"""From a model and its sensitivities to the solver's problem, and from budgets to its limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from edgeq.converters.gguf.recipe import Override
+from edgeq.converters.gguf.sensitivity.curvature import Curvatures, activation_block
+from edgeq.ggml_types import TYPES, ggml_type, tensor_bytes
+from edgeq.planner.knapsack import Item, Limits, Option
+from edgeq.profiles.cost import EMBEDDING, ModelShape, held_twice
+from edgeq.profiles.cost_table import DecodeCosts
+from edgeq.types import Budget, DeviceProfile, Prediction
+
+__all__ = ["Pricing", "items_of", "legal_types", "limits_of", "matrices_ns"]
+
+# Left out: f32 and bf16, which cost more than f16 and give nothing for it, and the types below two bits, which need
+# rows so insensitive that no model of a robot's size has shown one.
+_LEFT_OUT = frozenset({"f32", "bf16", "iq1_s", "iq1_m"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pricing:
+    """What options cost on one device.
+
+    Attributes:
+        shape: the model.
+        profile: the device.
+        costs: nanoseconds of its matrices.
+    """
+
+    shape: ModelShape
+    profile: DeviceProfile
+    costs: DecodeCosts
+
+    def ns(self, tensor: str, type_name: str) -> float:
+        """Of one decoded token; 0 for what is not multiplied."""
+        dims = self.shape.tensors[tensor]
+        if len(dims) < 2 or (tensor == EMBEDDING and not self.shape.tied_embedding):
+            return 0.0
+        count = 1
+        for size in dims[2:]:
+            count *= size
+        return count * self.costs.ns(type_name, (dims[0], dims[1]))
+
+    def file_bytes(self, tensor: str, type_name: str) -> int:
+        """With padding."""
+        size = tensor_bytes(type_name, self.shape.tensors[tensor])
+        return -(-size // self.shape.alignment) * self.shape.alignment
+
+    def memory_bytes(self, tensor: str, type_name: str) -> int:
+        """Resident when it is served."""
+        copies = 2 if held_twice(self.shape, tensor, type_name, self.profile) else 1
+        return copies * tensor_bytes(type_name, self.shape.tensors[tensor])
+
+
+def legal_types(
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, str],
+    quantizable: Iterable[str],
+    pins: Sequence[Override],
+) -> dict[str, tuple[str, ...]]:
+    """The types that each tensor can take.
+
+    Args:
+        shapes: of all tensors, row length first.
+        stored: their types in the float file.
+        quantizable: those that llama.cpp lets anyone choose.
+        pins: what the user fixed; the first that matches decides.
+    """
+    free = frozenset(quantizable)
+    menu: dict[str, tuple[str, ...]] = {}
+    for name, dims in shapes.items():
+        if name not in free:
+            continue
+        pinned = next((pin.type for pin in pins if re.search(pin.match, name)), None)
+        if pinned is not None:
+            menu[name] = (pinned,)
+            continue
+        fitting = [kind.name for kind in TYPES.values() if kind.name not in _LEFT_OUT and kind.fits(dims[0])]
+        # A type that stores weights as exactly as the file has them is the float option, whatever its name.
+        menu[name] = tuple(stored[name] if ggml_type(k).is_float else k for k in fitting)
+    return menu
+
+
+def items_of(
+    pricing: Pricing,
+    menu: Mapping[str, Sequence[str]],
+    curvatures: Curvatures,
+    errors: Mapping[str, Mapping[str, float]],
+) -> list[Item]:
+    """One item for each tensor of the menu, with bytes, time and predicted KL of every option."""
+    items = []
+    for name, types in menu.items():
+        noise = curvatures.by_tensor[name].activation_kld
+        options = []
+        for kind in types:
+            block = activation_block(kind, pricing.profile.accelerator)
+            rounding = noise.get(block, noise.get(32, 0.0)) if block else 0.0
+            options.append(
+                Option(
+                    type=kind,
+                    file_bytes=pricing.file_bytes(name, kind),
+                    memory_bytes=pricing.memory_bytes(name, kind),
+                    ns=pricing.ns(name, kind),
+                    kld=max(0.0, errors[name][kind]) + rounding,
+                )
+            )
+        items.append(Item(name, tuple(options)))
+    return items
+
+
+def matrices_ns(pricing: Pricing, types: Mapping[str, str]) -> float:
+    """Time of all matrices of a decoded token."""
+    return sum(pricing.ns(name, kind) for name, kind in types.items())
+
+
+def limits_of(
+    budget: Budget,
+    pricing: Pricing,
+    base: Mapping[str, str],
+    at_base: Prediction,
+    *,
+    names: Iterable[str],
+    max_file_bytes: int | None,
+    max_kld: float | None,
+) -> Limits:
+    """What is left for the solver's tensors when everything else has taken its share.
+
+    Args:
+        budget: the device's limits.
+        pricing: prices.
+        base: some type for every tensor.
+        at_base: the prediction for ``base``; whatever of it is not of the solver's tensors is a constant.
+        names: the solver's tensors.
+        max_file_bytes: of the GGUF.
+        max_kld: mean KL divergence in nats.
+    """
+    chosen = list(names)
+    file_constant = at_base.file_bytes - sum(pricing.file_bytes(n, base[n]) for n in chosen)
+    memory_constant = at_base.peak_memory_bytes - sum(pricing.memory_bytes(n, base[n]) for n in chosen)
+    ns_constant = 1e6 * at_base.itl_ms - sum(pricing.ns(n, base[n]) for n in chosen)
+    itl_ms = [limit for limit in (budget.itl_ms, 1e3 / budget.tokens_per_s if budget.tokens_per_s else None) if limit]
+    return Limits(
+        file_bytes=None if max_file_bytes is None else max_file_bytes - file_constant,
+        memory_bytes=None if budget.peak_memory_bytes is None else budget.peak_memory_bytes - memory_constant,
+        ns=1e6 * min(itl_ms) - ns_constant if itl_ms else None,
+        kld=max_kld,
+    )
