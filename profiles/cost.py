@@ -22,6 +22,7 @@ __all__ = [
     "held_twice",
     "kv_cache_bytes",
     "predict",
+    "prefill_ms",
     "weights_bytes",
 ]
 
@@ -136,6 +137,12 @@ def compute_buffer_bytes(shape: ModelShape, context_tokens: int, ubatch_tokens: 
     return round(activations + masks + logits)
 
 
+def prefill_ms(shape: ModelShape, profile: DeviceProfile, prompt_tokens: int) -> float:
+    """Arithmetic of a prompt, two operations for each weight and token, whatever the weights' types."""
+    multiplied = sum(math.prod(s) for n, s in shape.tensors.items() if len(s) > 1 and n != EMBEDDING)
+    return 1e3 * 2 * multiplied * prompt_tokens / profile.backend.compute_flops_per_s
+
+
 def predict(
     shape: ModelShape,
     types: Mapping[str, str],
@@ -161,8 +168,8 @@ def predict(
             profile's bandwidth.
 
     Decoding reads every weight but the rows of the embedding that are not looked up, and the whole KV cache, at the
-    profile's effective bandwidth: the slowest token of a session, not the first. A prompt takes two operations for
-    each weight and token.
+    profile's effective bandwidth: the slowest token of a session, not the first. The first token takes `prefill_ms`,
+    or a token's time if that is more, and a token's time.
     """
     backend = profile.backend
     weights = weights_bytes(shape, types, profile)
@@ -174,8 +181,6 @@ def predict(
     if matrices_ms is None:
         matrices_ms = 1e3 * read / bandwidth
     itl_ms = backend.token_overhead_ms + matrices_ms + 1e3 * kv_cache / bandwidth
-    multiplied = sum(math.prod(s) for n, s in shape.tensors.items() if len(s) > 1 and n != EMBEDDING)
-    prefill_ms = 1e3 * 2 * multiplied * prompt_tokens / backend.compute_flops_per_s
     return Prediction(
         file_bytes=file_bytes(shape, types),
         weights_bytes=weights,
@@ -185,6 +190,6 @@ def predict(
         peak_memory_bytes=weights + kv_cache + compute + runtime,
         itl_ms=itl_ms,
         tokens_per_s=1e3 / itl_ms,
-        ttft_ms=max(prefill_ms, itl_ms) + itl_ms,
+        ttft_ms=max(prefill_ms(shape, profile, prompt_tokens), itl_ms) + itl_ms,
         prompt_tokens=prompt_tokens,
     )

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Judge edgeq's mixes against llama.cpp's presets on held-out text, paired by token: the table of docs/quality.md.
 
-Every contender gets the same column weights (importance). Presets are written by llama.cpp's own quantizer, mixes and
-controls by edgeq. Nothing else should run meanwhile: the speeds are interleaved token by token, but not immune.
+Every contender gets the same column weights (importance). The two main presets are also made with the mean squared
+activations that llama-imatrix collects, and the better of the two sets the limits of KL. Presets are written by
+llama.cpp's own quantizer, mixes and controls by edgeq. Nothing else should run meanwhile: the speeds are interleaved
+token by token, but not immune.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from edgeq.converters.gguf.divergence import Divergence, Judge
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.imatrix import Activations, ImportanceMatrix
 from edgeq.converters.gguf.judgement import paired_difference
+from edgeq.converters.gguf.observe import collect_imatrix
 from edgeq.converters.gguf.presets import PRESETS
 from edgeq.converters.gguf.quantize import preview, quantize
 from edgeq.converters.gguf.sensitivity.evidence import Evidence, EvidenceRequest, Workshop
@@ -48,6 +51,7 @@ from scripts.quality_controls import greedy_by_size, mse_only, random_mixes
 
 _CONTROL_TOKENS, _SINGLE_TOKENS = 2048, 1024
 _SPEED_TOKENS = 96
+_MAIN = ("q4_k_m", "iq4_xs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +158,22 @@ def _prepare(args: argparse.Namespace, folder: Path) -> Lab:
 
 
 def _presets(lab: Lab, names: Sequence[str]) -> list[Contender]:
+    """With the search's column weights, and those that matter most with llama-imatrix's kind of weights as well."""
     entries = {
         name: Activations(weights[None].astype(np.float32), np.ones(1, np.int64))
         for name, weights in lab.evidence.importance.items()
     }
-    matrix = ImportanceMatrix(entries, 1, 1)
-    made = []
-    for name in names:
-        types = preview(lab.reference, PRESETS[name], imatrix=matrix).types
-        out = lab.shop.folder / f"{name}.gguf"
-        quantize(lab.reference, out, types, imatrix=matrix)
-        made.append(Contender(name, out, None))
+    made = [_preset(lab, name, name, ImportanceMatrix(entries, 1, 1)) for name in names]
+    activations = collect_imatrix(lab.reference, lab.evidence.text.chunks)
+    made += [_preset(lab, f"{name}, activations", name, activations) for name in names if name in _MAIN]
     return made
+
+
+def _preset(lab: Lab, label: str, name: str, matrix: ImportanceMatrix) -> Contender:
+    types = preview(lab.reference, PRESETS[name], imatrix=matrix).types
+    out = lab.shop.folder / f"{label.replace(', ', '-')}.gguf"
+    quantize(lab.reference, out, types, imatrix=matrix)
+    return Contender(label, out, None)
 
 
 def _mixes(lab: Lab, presets: Sequence[Contender], tokens: int, budgets: dict[str, float]) -> list[Contender]:
@@ -173,13 +181,14 @@ def _mixes(lab: Lab, presets: Sequence[Contender], tokens: int, budgets: dict[st
     by_name = {c.label: c for c in presets}
     goals = {
         f"mix at {name}'s bytes": Goal(max_file_bytes=by_name[name].path.stat().st_size)
-        for name in ("q4_k_m", "iq4_xs")
+        for name in _MAIN
         if name in by_name
     }
     if "q4_k_m" in by_name:
         text = held_out_text(lab.reference, None, tokens)
         with Judge(lab.reference, text.chunks) as judge:
-            limit = judge.compare([by_name["q4_k_m"].path])[0].mean_kld
+            rivals = [c.path for c in presets if c.label.startswith("q4_k_m")]
+            limit = min(d.mean_kld for d in judge.compare(rivals))
         # A little less, since mixes are fitted on the selection text and judged on this one.
         goals["least bytes at q4_k_m's KL"] = Goal(max_kld=0.96 * limit, minimize="file_bytes")
         goals["least time at q4_k_m's KL"] = Goal(max_kld=0.96 * limit, minimize="ns")

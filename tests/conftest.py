@@ -194,6 +194,7 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> TinyHf:
                 getattr(transformers, config)(**_tiny_settings(width), **changes)
             )
             with torch.no_grad():
+                model.get_input_embeddings().weight[0].normal_(std=1.6 / width**0.5)  # transformers makes the padding's row zero
                 for parameter in model.parameters():
                     parameter.copy_(parameter.half())
             model.save_pretrained(folder)
@@ -216,7 +217,7 @@ def _tiny_settings(width: int) -> dict[str, Any]:
         "max_position_embeddings": 512,
         "initializer_range": 1.6 / width**0.5,
         "bos_token_id": 0,
-        "eos_token_id": 0,
+        "eos_token_id": 1,
         "pad_token_id": 0,
     }
 
@@ -229,14 +230,14 @@ def _write_tiny_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_TINY_VOCAB,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|start|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the robot moves its arm to the shelf and waits for the camera"] * 20, trainer)
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+        json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"})
     )
 
 

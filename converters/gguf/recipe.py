@@ -171,7 +171,7 @@ def _legal(name: str, override: Override, base: str, shape: tuple[int, ...], *, 
     if kind.needs_imatrix and not imatrix:
         raise UsageError(
             f"The type {kind.name} needs an importance matrix",
-            "Give one with --imatrix FILE, search without --quant and --recipe (--search always), or take iq3_s or larger",
+            "Give one with --imatrix FILE, have one collected with --search always, or take iq3_s, q3_k or larger",
         )
     if not kind.fits(shape[0]):
         raise UsageError(

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgeq.types import Budget
 
-__all__ = ["add_budget_arguments", "add_json_argument", "budget_of", "positive_int", "thread_count"]
+__all__ = [
+    "add_budget_arguments",
+    "add_json_argument",
+    "budget_of",
+    "positive_int",
+    "read_file",
+    "thread_count",
+    "whole_number",
+]
+
+_LARGEST_SEED = 2**32 - 1
 
 
 def positive_int(text: str) -> int:
@@ -21,6 +32,30 @@ def positive_int(text: str) -> int:
         message = f"{text!r} is no whole number above zero"
         raise argparse.ArgumentTypeError(message)
     return value
+
+
+def whole_number(text: str) -> int:
+    """A whole number from zero to what a seed can be, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= _LARGEST_SEED:
+        message = f"{text!r} is no whole number from 0 to {_LARGEST_SEED}"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def read_file(text: str) -> Path:
+    """A file that is there and can be read, for argparse: found out before hours of work that need it at their end."""
+    path = Path(text)
+    try:
+        with path.open("rb"):
+            return path
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        message = f"{text!r} cannot be read: {reason}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def thread_count(text: str) -> int:

@@ -13,7 +13,9 @@ from edgeq.cli.model_arguments import add_model_arguments, job_from
 EXAMPLES = """\
 edgeq convert HuggingFaceTB/SmolLM2-135M-Instruct --target jetson-orin -o smollm2
 edgeq convert ./model --target laptop-cpu --max-memory 400MiB --max-itl 60ms -o bundle
+edgeq convert ./model --target laptop-cpu --max-size 100MB --max-kld 0.05 -o bundle
 edgeq convert ./model --target laptop-cpu --quant q4_k_m --tensor-type 'attn_v=q8_0' -o bundle
+edgeq convert ./model --target laptop-cpu --recipe recipe.yaml --imatrix model.imatrix.gguf -o bundle
 edgeq convert ./unknown-model --target laptop-cpu --llama-cpp ~/llama.cpp -o bundle
 """
 
@@ -35,7 +37,7 @@ def default_output(model: str, target: str) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     from edgeq.bundle import MANIFEST
-    from edgeq.cli.describe import plan_lines, prediction_lines
+    from edgeq.cli.describe import plan_lines, prediction_lines, quality_lines, sections, trial_lines
     from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
     from edgeq.planner.convert import convert
@@ -52,14 +54,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         return 0
-    manifest = bundle.manifest
-    lines = [
-        *plan_lines(manifest.plan, manifest.source),
-        "",
-        *prediction_lines(manifest.plan, manifest.budget),
-        "",
-        f"wrote {bundle.path}",
-        f"next: edgeq bench {shlex.quote(str(bundle.path))}",
-    ]
+    manifest, plan = bundle.manifest, bundle.manifest.plan
+    lines = sections(
+        plan_lines(plan, manifest.source),
+        trial_lines(plan.search),
+        prediction_lines(plan, manifest.budget, job.goal),
+        quality_lines(manifest.quality),
+        [f"wrote {bundle.path}", f"next: edgeq bench {shlex.quote(str(bundle.path))}"],
+    )
     show_lines(lines)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from edgeq.report import Report
     from edgeq.verdicts import Metric, Verdict
 
-__all__ = ["format_table", "render_report", "verdict_table", "wants_colour"]
+__all__ = ["format_table", "render_report", "terminal_width", "verdict_table", "wants_colour"]
 
 _COLOURS = {"PASS": "\x1b[32m", "FAIL": "\x1b[31m", "INSUFFICIENT": "\x1b[33m"}
 _RESET = "\x1b[0m"
@@ -23,6 +24,11 @@ _NONE = "-"
 def wants_colour() -> bool:
     """Whether stdout is a terminal whose user did not refuse colours (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, ``$COLUMNS`` first; 100 where there is none. At least 40."""
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:

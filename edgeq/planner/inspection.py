@@ -24,6 +24,7 @@ __all__ = ["Inspector", "QualityOptions", "judged_plan"]
 Progress = Callable[[str, int, int, str], None]
 
 _ROUNDS = 3
+_TOKENS, _TOKENS_OF_PRESET = 4096, 1024
 _NOISE_CHUNKS = 2
 _SAFETY = 0.98  # how much further than needed the next round goes
 
@@ -34,11 +35,11 @@ class QualityOptions:
 
     Attributes:
         text: a file; None for the text inside Python.
-        tokens: of it; 0 measures nothing.
+        tokens: of it; 0 measures nothing, None takes enough for a search or a limit, and fewer for a preset.
     """
 
     text: Path | None = None
-    tokens: int = 4096
+    tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,12 @@ class Inspector:
         Raises:
             UsageError: the text overlaps the calibration's, or is too short.
         """
-        if self.options.tokens <= 0:
+        tokens = self.options.tokens
+        if tokens is None:
+            tokens = _TOKENS_OF_PRESET if evidence is None and self.goal == Goal() else _TOKENS
+        if tokens <= 0:
             return None
-        text = held_out_text(self.reference, self.options.text, self.options.tokens)
+        text = held_out_text(self.reference, self.options.text, tokens)
         overlap = None if evidence is None else refuse_overlap(evidence.text, text)
         with Judge(self.reference, text.chunks, threads=self.threads or None) as judge:
             divergence = judge.compare(
@@ -128,23 +132,37 @@ def judged_plan(
         BudgetError: a limit on quality is not met.
     """
     options = dataclasses.replace(options, trials=max(1, options.trials))
-    aim = demand.goal.max_kld
-    for round_number in range(_ROUNDS):
-        tightened = dataclasses.replace(demand, goal=dataclasses.replace(demand.goal, max_kld=aim))
-        found = searched_plan(problem, tightened, request, options, shop, notes)
+
+    def attempt(aim: float | None) -> tuple[Found, Quality | None]:
+        goal = dataclasses.replace(demand.goal, max_kld=aim)
+        found = searched_plan(problem, dataclasses.replace(demand, goal=goal), request, options, shop, notes)
         if found.file is None:
             message = "a search with trials made no file"
             raise AssertionError(message)
         found.file.replace(artifact)
-        quality = inspector.judge(artifact, problem.evidence)
-        missed = inspector.missed(quality, None)
-        limit = demand.goal.max_kld
-        if not missed or limit is None or aim is None or quality is None or round_number == _ROUNDS - 1:
+        return found, inspector.judge(artifact, problem.evidence)
+
+    aim = demand.goal.max_kld
+    found, quality = attempt(aim)
+    for _ in range(_ROUNDS - 1):
+        if aim is None or (aim := _closer(aim, demand, quality, inspector)) is None:
             break
-        upper = quality.mean_kld_interval.high
-        if upper is None or upper <= limit:  # it is another limit that is missed
+        try:
+            found, quality = attempt(aim)
+        except BudgetError:  # nothing is closer: what was found before misses the limit that the user set
             break
-        aim *= _SAFETY * limit / upper
-    record = None if found.plan.search is None else found.plan.search.predicted_kld
-    inspector.refuse_missed(quality, record)
+    inspector.refuse_missed(quality, None if found.plan.search is None else found.plan.search.predicted_kld)
     return found, quality
+
+
+def _closer(aim: float, demand: Demand, quality: Quality | None, inspector: Inspector) -> float | None:
+    """The mean KL to aim for next; None if all limits are met, or if another aim would change nothing."""
+    limit = demand.goal.max_kld
+    if quality is None or limit is None or not inspector.missed(quality, None):
+        return None
+    if demand.goal.objective(demand.asked) == "kld":  # it is as close as can be already
+        return None
+    upper = quality.mean_kld_interval.high
+    if upper is None or upper <= limit:  # it is another limit that is missed
+        return None
+    return aim * _SAFETY * limit / upper

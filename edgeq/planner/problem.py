@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -42,7 +41,7 @@ class SearchOptions:
 
     when: Literal["auto", "always", "never"] = "auto"
     evidence: EvidenceRequest = dataclasses.field(default_factory=EvidenceRequest)
-    trials: int = 6
+    trials: int = 4
     decode_costs: Literal["auto", "profile"] = "auto"
 
 
@@ -100,31 +99,25 @@ def pose(
         pins: types that the user fixed.
         options: how.
         shop: where and how.
+
+    Raises:
+        UsageError: a pin that no tensor can take or that matches nothing, or a model without a matrix.
     """
     header = read_header(reference)
     shape = model_shape(header)
     stored = {name: tensor.type for name, tensor in header.tensors.items()}
-    _refuse_idle_pins(pins, header.tensors)
     menu = legal_types(shape.tensors, stored, quantizable_tensors(reference), pins)
     if not menu:
         raise UsageError(f"{reference.name} has no tensor that can be quantized", "Use --quant f16")
-    costs, note = _costs(menu, shape.tensors, profile, options, shop)
+    costs, note = _costs(menu, stored, shape.tensors, profile, options, shop)
     evidence = gather(header, folder, menu, options.evidence, shop)
     pricing = Pricing(shape, profile, costs)
     return Problem(evidence, pricing, items_of(pricing, menu, evidence.curvatures, evidence.errors), stored, note)
 
 
-def _refuse_idle_pins(pins: Sequence[Override], names: Mapping[str, object]) -> None:
-    for pin in pins:
-        if not any(re.search(pin.match, name) for name in names):
-            raise UsageError(
-                f"The override {pin.match!r} = {pin.type} changes nothing: no tensor has such a name",
-                "edgeq plan lists the names by role; correct or remove it",
-            )
-
-
 def _costs(
     menu: Mapping[str, Sequence[str]],
+    stored: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     profile: DeviceProfile,
     options: SearchOptions,
@@ -135,7 +128,9 @@ def _costs(
     if options.decode_costs == "profile" or not here:
         return datasheet_costs(profile), f"bytes over the bandwidth of the profile {profile.name}; no kernel was timed"
     wanted = sorted({(shapes[name][0], shapes[name][1]) for name in menu})
-    types = [kind for kind in TYPES if any(kind in kinds for kinds in menu.values())]
+    # What is not on the menu (a router of experts) and what is pinned to another type have a time as they are, too.
+    as_they_are = {kind for name, kind in stored.items() if len(shapes[name]) > 1}
+    types = [kind for kind in TYPES if kind in as_they_are or any(kind in kinds for kinds in menu.values())]
     # Five bits a weight: about the size of what will be decoded.
     costs = costs_for(
         wanted,

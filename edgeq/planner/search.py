@@ -23,7 +23,7 @@ from edgeq.types import Budget, Prediction
 
 __all__ = ["Demand", "Goal", "Searched", "front_of", "held_out_text", "search"]
 
-_SELECTION_TOKENS = 3072
+_SELECTION_TOKENS = 2048
 _SELECTION_CHUNK = 256
 
 
@@ -103,7 +103,7 @@ def solve_for(problem: Problem, demand: Demand) -> tuple[Solution, Limits, Objec
         return solve(problem.items, limits, objective), limits, objective
     except Infeasible as error:
         at_base = demand.predict(problem, problem.base)
-        raise infeasible_mix(error, problem.pricing, problem.base, at_base, problem.items) from error
+        raise infeasible_mix(error, problem.pricing, problem.base, at_base, problem.items, demand.budget) from error
 
 
 def _limits(problem: Problem, demand: Demand) -> Limits:
@@ -217,7 +217,7 @@ def front_of(
         solutions = front(problem.items, limits=limits, points=points)
     except Infeasible as error:
         at_base = demand.predict(problem, problem.base)
-        raise infeasible_mix(error, problem.pricing, problem.base, at_base, problem.items) from error
+        raise infeasible_mix(error, problem.pricing, problem.base, at_base, problem.items, demand.budget) from error
     result = []
     for solution in solutions:
         types = problem.types(solution)

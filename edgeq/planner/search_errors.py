@@ -2,29 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from edgeq.errors import BudgetError
 from edgeq.planner.knapsack import Item, Objective
-from edgeq.planner.search_items import Pricing
+from edgeq.planner.search_items import Pricing, token_limits_ms
 from edgeq.planner.solver import Infeasible
-from edgeq.types import Prediction
+from edgeq.profiles.cost import prefill_ms
+from edgeq.types import Budget, Prediction
 from edgeq.units import format_bytes, format_ms
 
 __all__ = ["infeasible_mix"]
 
-_LABELS: dict[Objective, tuple[str, str]] = {
-    "file_bytes": ("file size", "--max-size"),
-    "memory_bytes": ("peak memory", "--max-memory"),
-    "ns": ("time of a token", "--max-itl"),
-    "kld": ("mean KL divergence", "--max-kld"),
+_LABELS = {
+    "file_bytes": "file size",
+    "memory_bytes": "peak memory",
+    "ns": "time of a token",
+    "kld": "mean KL divergence",
 }
+_OPTIONS = {"file_bytes": "--max-size", "memory_bytes": "--max-memory", "kld": "--max-kld"}
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """The solver's quantities in the user's: the constants that it never saw are added again.
+
+    Attributes:
+        constants: by quantity.
+        budget: of the device.
+        prefill: milliseconds of the prompt before the first token.
+        usable_bytes: of the device's memory.
+    """
+
+    constants: Mapping[Objective, float]
+    budget: Budget
+    prefill: float
+    usable_bytes: int
+
+    def amount(self, q: Objective, value: float) -> str:
+        """A figure of the solver's, rounded up, so that who allows as much gets a mix."""
+        total = value + self.constants[q]
+        if q == "ns":
+            return f"{_up(total / 1e6)}ms"
+        if q == "kld":
+            return _up(total)
+        unit, factor = next((u for u in _UNITS if total >= u[1]), ("B", 1))
+        return f"{math.ceil(100 * total / factor) / 100:.10g}{unit}" if factor > 1 else f"{math.ceil(total)}B"
+
+    def limit(self, q: Objective, value: float) -> str:
+        """A limit as it was given."""
+        total = value + self.constants[q]
+        if q == "ns":
+            line, _ = self._lines(math.inf)[0]
+            if line == "ttft_ms" and self.budget.ttft_ms is not None:
+                return f"time to first token <= {format_ms(self.budget.ttft_ms)}"
+            if line == "tokens_per_s" and self.budget.tokens_per_s is not None:
+                return f"decode speed >= {self.budget.tokens_per_s:g} tok/s"
+        shown = format_ms(total / 1e6) if q == "ns" else f"{total:.4g}" if q == "kld" else format_bytes(round(total))
+        return f"{_LABELS[q]} <= {shown}"
+
+    def way(self, q: Objective, value: float) -> str:
+        """What to allow, so that a quantity may reach a value."""
+        if q == "memory_bytes" and value + self.constants[q] > self.usable_bytes:
+            return f"a shorter --context or a smaller --kv-type ({format_bytes(self.usable_bytes)} are all there is)"
+        if q != "ns":
+            return f"{_OPTIONS[q]} {self.amount(q, value)}"
+        token = (value + self.constants[q]) / 1e6
+        return " with ".join(self._option(line, token) for line, _ in self._lines(token))
+
+    def _lines(self, token: float) -> list[tuple[str, float]]:
+        """The budget's lines that allow a token less than that time, the strictest first."""
+        limits = token_limits_ms(self.budget, self.prefill)
+        return sorted(((line, ms) for line, ms in limits.items() if ms < token), key=lambda pair: pair[1])
+
+    def _option(self, line: str, token: float) -> str:
+        if line == "ttft_ms":
+            return f"--max-ttft {_up(max(self.prefill, token) + token)}ms"
+        return f"--max-itl {_up(token)}ms" if line == "itl_ms" else f"--min-tps {_down(1e3 / token)}"
 
 
 def infeasible_mix(
-    error: Infeasible, pricing: Pricing, base: Mapping[str, str], at_base: Prediction, items: Sequence[Item]
+    error: Infeasible,
+    pricing: Pricing,
+    base: Mapping[str, str],
+    at_base: Prediction,
+    items: Sequence[Item],
+    budget: Budget,
 ) -> BudgetError:
-    """The solver's finding in the user's quantities: the constants that it never saw are added again.
+    """The solver's finding for people: the limits that clash, what would be enough, and the nearest feasible point.
 
     Args:
         error: what the solver found.
@@ -32,6 +100,7 @@ def infeasible_mix(
         base: types before the solver's choice.
         at_base: the prediction for ``base``.
         items: the solver's tensors.
+        budget: of the device.
     """
     names = [item.name for item in items]
     constants: dict[Objective, float] = {
@@ -40,29 +109,37 @@ def infeasible_mix(
         "ns": 1e6 * at_base.itl_ms - sum(pricing.ns(n, base[n]) for n in names),
         "kld": 0.0,
     }
-
-    def text(quantity: Objective, value: float) -> str:
-        return _format(quantity, value + constants[quantity])
-
-    given = error.limits.given()
-    clash = error.contradiction
-    wanted = " and ".join(f"{_LABELS[q][0]} <= {text(q, given[q])}" for q in clash)
+    prefill = prefill_ms(pricing.shape, pricing.profile, at_base.prompt_tokens)
+    words = _Words(constants, budget, prefill, pricing.profile.memory.usable_bytes)
+    given, clash = error.limits.given(), error.contradiction
+    wanted = " and ".join(words.limit(q, given[q]) for q in clash)
     if len(clash) == 1:
-        only = clash[0]
-        cause = f"No mix of types has {wanted}: the least is {text(only, error.least[only])}"
+        least = words.amount(clash[0], error.least[clash[0]])
+        cause = f"No mix of types has {wanted}: the least {_LABELS[clash[0]]} is {least}"
     else:
         cause = f"No mix of types has {wanted} at once"
-    ways = [f"{_LABELS[q][1]} {text(q, value)}" for q in clash if (value := error.raise_to[q]) is not None]
-    nearest = ", ".join(f"{_LABELS[q][0]} {text(q, value)}" for q, value in error.nearest.given().items())
-    least = [f"the least {_LABELS[q][0]} alone is {text(q, value)}" for q, value in error.least.items()]
-    remedy = f"Raise one limit: {' or '.join(ways)}" if ways else f"Raise the limits; together {nearest} can be met"
-    details = (*least, f"together can be met: {nearest}") if len(clash) > 1 else ()
+    ways = [words.way(q, value) for q in clash if (value := error.raise_to[q]) is not None]
+    nearest = {q: value for q, value in error.nearest.given().items() if q in clash or value > given[q]}
+    if not ways:  # no limit alone is in the way
+        ways = [" with ".join(words.way(q, value) for q, value in nearest.items() if value > given[q])]
+    remedy = f"Use {' or '.join(ways)}"
+    alone = [f"the least {_LABELS[q]} alone is {words.amount(q, error.least[q])}" for q in clash]
+    together = ", ".join(f"{_LABELS[q]} {words.amount(q, value)}" for q, value in nearest.items())
+    details = (*alone, f"together can be met: {together}") if len(clash) > 1 else ()
     return BudgetError(cause, remedy, details=details)
 
 
-def _format(quantity: Objective, value: float) -> str:
-    if quantity == "ns":
-        return format_ms(value / 1e6)
-    if quantity == "kld":
-        return f"{value:.4g}"
-    return format_bytes(round(value))
+def _up(value: float) -> str:
+    """Four significant digits, not less than the value."""
+    step = _step(value)
+    return f"{math.ceil(value / step - 1e-9) * step:.4g}"
+
+
+def _down(value: float) -> str:
+    """Four significant digits, not more than the value."""
+    step = _step(value)
+    return f"{math.floor(value / step + 1e-9) * step:.4g}"
+
+
+def _step(value: float) -> float:
+    return 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0

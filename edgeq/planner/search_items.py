@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from edgeq.converters.gguf.recipe import Override
+from edgeq.converters.gguf.recipe import Override, apply_overrides
 from edgeq.converters.gguf.sensitivity.curvature import Curvatures, activation_block
+from edgeq.errors import ConversionError
 from edgeq.ggml_types import TYPES, ggml_type, tensor_bytes
 from edgeq.planner.knapsack import Item, Limits, Option
-from edgeq.profiles.cost import EMBEDDING, ModelShape, held_twice
+from edgeq.profiles.cost import EMBEDDING, ModelShape, held_twice, prefill_ms
 from edgeq.profiles.cost_table import DecodeCosts
 from edgeq.types import Budget, DeviceProfile, Prediction
 
-__all__ = ["Pricing", "items_of", "legal_types", "limits_of", "matrices_ns"]
+__all__ = ["Pricing", "items_of", "legal_types", "limits_of", "matrices_ns", "token_limits_ms"]
 
 # Left out: f32 and bf16, which cost more than f16 and give nothing for it, and the types below two bits, which need
 # rows so insensitive that no model of a robot's size has shown one.
@@ -40,10 +42,7 @@ class Pricing:
         dims = self.shape.tensors[tensor]
         if len(dims) < 2 or (tensor == EMBEDDING and not self.shape.tied_embedding):
             return 0.0
-        count = 1
-        for size in dims[2:]:
-            count *= size
-        return count * self.costs.ns(type_name, (dims[0], dims[1]))
+        return math.prod(dims[2:]) * self.costs.ns(type_name, (dims[0], dims[1]))
 
     def file_bytes(self, tensor: str, type_name: str) -> int:
         """With padding."""
@@ -69,15 +68,18 @@ def legal_types(
         stored: their types in the float file.
         quantizable: those that llama.cpp lets anyone choose.
         pins: what the user fixed; the first that matches decides.
+
+    Raises:
+        UsageError: a pin that matches nothing, or a type that a tensor cannot have.
     """
     free = frozenset(quantizable)
+    pinned = apply_overrides(stored, pins, free, shapes, imatrix=True)
     menu: dict[str, tuple[str, ...]] = {}
     for name, dims in shapes.items():
         if name not in free:
             continue
-        pinned = next((pin.type for pin in pins if re.search(pin.match, name)), None)
-        if pinned is not None:
-            menu[name] = (pinned,)
+        if any(re.search(pin.match, name) for pin in pins):
+            menu[name] = (pinned[name],)
             continue
         fitting = [kind.name for kind in TYPES.values() if kind.name not in _LEFT_OUT and kind.fits(dims[0])]
         # A type that stores weights as exactly as the file has them is the float option, whatever its name.
@@ -91,12 +93,18 @@ def items_of(
     curvatures: Curvatures,
     errors: Mapping[str, Mapping[str, float]],
 ) -> list[Item]:
-    """One item for each tensor of the menu, with bytes, time and predicted KL of every option."""
+    """One item for each tensor of the menu, with bytes, time and predicted KL of every option.
+
+    Raises:
+        ConversionError: none of a tensor's types can hold its weights.
+    """
     items = []
     for name, types in menu.items():
         noise = curvatures.by_tensor[name].activation_kld
         options = []
         for kind in types:
+            if not math.isfinite(errors[name][kind]):  # a weight is beyond what the scales of that type can hold
+                continue
             block = activation_block(kind, pricing.profile.accelerator)
             rounding = noise.get(block, noise.get(32, 0.0)) if block else 0.0
             options.append(
@@ -108,6 +116,8 @@ def items_of(
                     kld=max(0.0, errors[name][kind]) + rounding,
                 )
             )
+        if not options:
+            raise ConversionError(f"{', '.join(types)} cannot hold the weights of {name}", "Choose another type for it")
         items.append(Item(name, tuple(options)))
     return items
 
@@ -115,6 +125,23 @@ def items_of(
 def matrices_ns(pricing: Pricing, types: Mapping[str, str]) -> float:
     """Time of all matrices of a decoded token."""
     return sum(pricing.ns(name, kind) for name, kind in types.items())
+
+
+def token_limits_ms(budget: Budget, prefill: float) -> dict[str, float]:
+    """The longest time of a decoded token that each line of a budget allows, by the line's name.
+
+    Args:
+        budget: the device's limits.
+        prefill: `edgeq.profiles.cost.prefill_ms` of the prompt.
+    """
+    limits = {}
+    if budget.itl_ms is not None:
+        limits["itl_ms"] = budget.itl_ms
+    if budget.tokens_per_s is not None:
+        limits["tokens_per_s"] = 1e3 / budget.tokens_per_s
+    if budget.ttft_ms is not None:  # the prompt or a token's time, whichever is longer, and then a token
+        limits["ttft_ms"] = min(budget.ttft_ms - prefill, budget.ttft_ms / 2)
+    return limits
 
 
 def limits_of(
@@ -142,10 +169,11 @@ def limits_of(
     file_constant = at_base.file_bytes - sum(pricing.file_bytes(n, base[n]) for n in chosen)
     memory_constant = at_base.peak_memory_bytes - sum(pricing.memory_bytes(n, base[n]) for n in chosen)
     ns_constant = 1e6 * at_base.itl_ms - sum(pricing.ns(n, base[n]) for n in chosen)
-    itl_ms = [limit for limit in (budget.itl_ms, 1e3 / budget.tokens_per_s if budget.tokens_per_s else None) if limit]
+    prefill = prefill_ms(pricing.shape, pricing.profile, at_base.prompt_tokens)
+    token_ms = token_limits_ms(budget, prefill).values()
     return Limits(
         file_bytes=None if max_file_bytes is None else max_file_bytes - file_constant,
         memory_bytes=None if budget.peak_memory_bytes is None else budget.peak_memory_bytes - memory_constant,
-        ns=1e6 * min(itl_ms) - ns_constant if itl_ms else None,
+        ns=1e6 * min(token_ms) - ns_constant if token_ms else None,
         kld=max_kld,
     )

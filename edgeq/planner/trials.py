@@ -51,10 +51,11 @@ class _Tried:
     solution: Solution
     divergence: Divergence
     file: Path
+    file_bytes: int
 
 
 class _Bench:
-    """Makes files and measures them; keeps only the best file."""
+    """Makes files and measures them; there are never more than two of them on disk."""
 
     def __init__(self, problem: Problem, judge: Judge, shop: Workshop) -> None:
         self._problem, self._judge, self.shop = problem, judge, shop
@@ -69,9 +70,24 @@ class _Bench:
         types = self._problem.types(solution)
         self._store.prepare(types, self.shop.threads)
         assemble(self._problem.evidence.header, types, self._store.blocks, out)
-        tried = _Tried(label, solution, self._judge.compare([out])[0], out)
+        tried = _Tried(label, solution, self._judge.compare([out])[0], out, out.stat().st_size)
         self.tried.append(tried)
         return tried
+
+    def keep(self, best: _Tried | None) -> None:
+        """Remove the files of all others."""
+        for tried in self.tried:
+            if tried is not best:
+                tried.file.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """What the solver was asked."""
+
+    items: Sequence[Item]
+    limits: Limits
+    objective: Objective
 
 
 def run_trials(
@@ -94,101 +110,107 @@ def run_trials(
         first: the predicted optimum.
         text: the same for all trials; not the calibration's.
         max_kld: limit of the measured mean KL, in nats.
-        trials: how many mixes at most.
+        trials: how many mixes at most; to come close to ``max_kld`` up to four are taken all the same.
         shop: where and how; all files but the best one's are removed.
 
     Raises:
         BudgetError: ``max_kld`` cannot be met, as measured.
     """
-    items, progress = problem.items, shop.progress
+    question = _Question(problem.items, limits, objective)
     with Judge(problem.evidence.header.path, text.chunks, threads=shop.threads) as judge:
         bench = _Bench(problem, judge, shop)
-        progress("try mixes", 0, trials, "predicted optimum")
-        current = bench.measure("predicted optimum", first)
-        if max_kld is not None:
-            current = _meet(bench, items, limits, objective, current, max_kld, trials)
-        rng = np.random.default_rng(0)
-        for index in range(1, trials if max_kld is None else 0):
-            progress("try mixes", index, trials, f"neighbour {index}")
-            neighbour = _neighbour(items, limits, objective, rng)
-            if neighbour is not None and not bench.knows(neighbour):
-                tried = bench.measure(f"neighbour {index}", neighbour)
-                if tried.divergence.mean_kld < current.divergence.mean_kld:
-                    current = tried
-        progress("try mixes", trials, trials, "")
-    for tried in bench.tried:
-        if tried is not current:
-            tried.file.unlink(missing_ok=True)
+        shop.progress("try mixes", 0, trials, "predicted optimum")
+        best = bench.measure("predicted optimum", first)
+        if max_kld is None or objective == "kld":
+            best = _nearest(bench, question, best, trials)
+            if max_kld is not None and best.divergence.mean_kld > max_kld:
+                raise _unmet(bench, max_kld)
+        else:
+            best = _meet(bench, question, best, max_kld, max(trials, _TIGHTENINGS))
+        shop.progress("try mixes", trials, trials, "")
     records = tuple(
         Trial(
             label=tried.label,
-            file_bytes=tried.file.stat().st_size if tried is current else _file_bytes(tried, current),
+            file_bytes=tried.file_bytes,
             predicted_kld=tried.solution.kld,
             measured_kld=tried.divergence.mean_kld,
-            chosen=tried is current,
+            chosen=tried is best,
         )
         for tried in bench.tried
     )
-    return Judged(current.solution, records, current.file)
+    return Judged(best.solution, records, best.file)
 
 
-def _file_bytes(tried: _Tried, current: _Tried) -> int:
-    return current.file.stat().st_size - current.solution.file_bytes + tried.solution.file_bytes
+def _nearest(bench: _Bench, question: _Question, first: _Tried, trials: int) -> _Tried:
+    """The mix with the least measured KL among the predicted optimum and its neighbours."""
+    best, rng = first, np.random.default_rng(0)
+    for index in range(1, trials):
+        bench.shop.progress("try mixes", index, trials, f"neighbour {index}")
+        neighbour = _neighbour(question, first.solution, rng)
+        if neighbour is None or bench.knows(neighbour):
+            continue
+        tried = bench.measure(f"neighbour {index}", neighbour)
+        if tried.divergence.mean_kld < best.divergence.mean_kld:
+            best = tried
+        bench.keep(best)
+    return best
 
 
-def _neighbour(
-    items: Sequence[Item], limits: Limits, objective: Objective, rng: np.random.Generator
-) -> Solution | None:
+def _neighbour(question: _Question, first: Solution, rng: np.random.Generator) -> Solution | None:
     """The optimum for sensitivities that are off by random factors, priced by the true ones."""
+    items, objective = question.items, question.objective
     factors = {item.name: float(rng.lognormal(0.0, _SPREAD)) for item in items}
     shaken = [
         Item(item.name, tuple(dataclasses.replace(o, kld=o.kld * factors[item.name]) for o in item.options))
         for item in items
     ]
     try:
-        found = solve(shaken, limits, objective)
+        found = solve(shaken, question.limits, objective)
     except Infeasible:  # only where KL itself is limited
         return None
     true = {(item.name, option.type): option.kld for item in items for option in item.options}
-    return dataclasses.replace(found, kld=sum(true[name, kind] for name, kind in found.types.items()))
+    found = dataclasses.replace(found, kld=sum(true[name, kind] for name, kind in found.types.items()))
+    if question.limits.kld is not None and found.kld > question.limits.kld:
+        return None
+    # Its own gap is to the optimum of the shaken problem; here that of the true one counts.
+    value, bound = (float(getattr(s, objective)) for s in (found, first))
+    bound *= 1 - first.gap
+    return dataclasses.replace(found, gap=max(0.0, (value - bound) / value) if value else 0.0)
 
 
-def _meet(
-    bench: _Bench,
-    items: Sequence[Item],
-    limits: Limits,
-    objective: Objective,
-    first: _Tried,
-    max_kld: float,
-    trials: int,
-) -> _Tried:
+def _meet(bench: _Bench, question: _Question, first: _Tried, max_kld: float, trials: int) -> _Tried:
     """Move the predicted limit until the measured KL is just within the real one.
 
     The ratio of measured to predicted changes slowly with the limit, so a few steps of scaling by it are enough.
     """
     best = first if first.divergence.mean_kld <= max_kld else None
     current = first
-    for index in range(1, max(trials, _TIGHTENINGS)):
+    for index in range(1, trials):
+        bench.keep(best)
         measured = current.divergence.mean_kld
         if best is not None and measured > 0.97 * max_kld and current is best:
             break
         aim = current.solution.kld * 0.985 * max_kld / max(measured, 1e-12)
-        bench.shop.progress("try mixes", index, max(trials, _TIGHTENINGS), "meet the quality limit")
+        bench.shop.progress("try mixes", index, trials, "meet the quality limit")
         try:
-            solution = solve(items, dataclasses.replace(limits, kld=aim), objective)
+            solution = solve(question.items, dataclasses.replace(question.limits, kld=aim), question.objective)
         except Infeasible:
             break
         if bench.knows(solution):
             break
         current = bench.measure(f"limit {aim:.4g}", solution)
-        better = best is None or getattr(solution, objective) < getattr(best.solution, objective)
+        better = best is None or getattr(solution, question.objective) < getattr(best.solution, question.objective)
         if current.divergence.mean_kld <= max_kld and better:
             best = current
+    bench.keep(best)
     if best is None:
-        nearest = min(bench.tried, key=lambda tried: tried.divergence.mean_kld)
-        raise BudgetError(
-            f"No mix within the limits has a measured mean KL divergence of {max_kld:g}: the nearest has "
-            f"{nearest.divergence.mean_kld:.4g}",
-            f"Use --max-kld {nearest.divergence.mean_kld * 1.03:.3g}, or raise the other limits",
-        )
+        raise _unmet(bench, max_kld)
     return best
+
+
+def _unmet(bench: _Bench, max_kld: float) -> BudgetError:
+    nearest = min(tried.divergence.mean_kld for tried in bench.tried)
+    return BudgetError(
+        f"No mix within the limits has a measured mean KL divergence of {max_kld:g}: the nearest has {nearest:.4g}",
+        f"Use --max-kld {nearest * 1.03:.3g}, or raise the other limits",
+    )

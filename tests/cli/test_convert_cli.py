@@ -20,12 +20,13 @@ RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 def bundle(smollm2_hf: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: RunCli) -> Path:
     """The bundle of the README's first command."""
     out = tmp_path_factory.mktemp("convert") / "bundle"
-    limits = ["--max-memory", "400MiB", "--max-itl", "60ms"]
+    limits = ["--max-memory", "400MiB", "--max-itl", "60ms", "--eval-tokens", "512"]
     done = run_cli("convert", smollm2_hf, "--target", "laptop-cpu", *limits, "-o", out)
     assert done.returncode == 0, done.stderr
     assert f"wrote {out}" in done.stdout
     assert "peak memory" in done.stdout
     assert "rejected f16" in done.stdout
+    assert "quality  against the bf16 reference over 512 tokens" in done.stdout
     return out
 
 
@@ -48,6 +49,9 @@ def test_the_bundle_is_whole_and_says_how_it_was_made(bundle: Path) -> None:
     assert manifest.plan.predicted.file_bytes == (bundle / "model.gguf").stat().st_size
     assert manifest.smoke is not None
     assert manifest.smoke.mean_kld < 0.05
+    assert manifest.quality is not None
+    assert 0 < manifest.quality.mean_kld < 0.05
+    assert manifest.plan.search is None
     assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
 
 
@@ -67,7 +71,8 @@ def test_a_recipe_of_a_bundle_makes_the_same_file(
 ) -> None:
     out = tmp_path / "again"
     done = run_cli(
-        "convert", smollm2_hf, "--target", "laptop-cpu", "--recipe", bundle / "recipe.yaml", "-o", out, "--json"
+        *("convert", smollm2_hf, "--target", "laptop-cpu", "--recipe", bundle / "recipe.yaml", "-o", out, "--json"),
+        *("--eval-tokens", "0"),
     )
     assert done.returncode == 0, done.stderr
     model = next(f for f in json.loads(done.stdout)["files"] if f["role"] == "model")
@@ -112,7 +117,7 @@ def test_a_flipped_byte_is_found(bundle: Path, run_cli: RunCli, tmp_path: Path) 
         (["--max-memory", "400"], 2, ["no unit"]),
         (["--max-memory", "4 elephants"], 2, ["elephants"]),
         (["--max-itl", "0ms"], 2, ["positive"]),
-        (["--max-memory", "20MiB"], 3, ["limit 20"]),
+        (["--max-memory", "20MiB", "--search", "never"], 3, ["limit 20"]),
         (["--quant", "q4km"], 2, ["q4_k_m"]),
         (["--quant", "iq1_s"], 2, ["importance matrix"]),
         (["--tensor-type", "nothing=q8_0"], 2, ["changes nothing"]),
@@ -165,7 +170,8 @@ def test_a_quantized_gguf_is_refused_and_a_float_one_taken(
     done = run_cli("convert", bundle / "model.gguf", "--target", "laptop-cpu", "-o", tmp_path / "out")
     assert "quantized" in _one_line(done, 1)
     source = export_gguf(smollm2_hf, tmp_path / "f16.gguf", float_type="f16").path
-    done = run_cli("convert", source, "--target", "jetson-orin", "--quant", "q4_0", "-o", tmp_path / "out")
+    preset = ("--quant", "q4_0", "--eval-tokens", "0")
+    done = run_cli("convert", source, "--target", "jetson-orin", *preset, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     manifest = open_bundle(tmp_path / "out", verify=True).manifest
     assert manifest.built_for == "jetson-orin-nano-8gb"

@@ -48,7 +48,9 @@ def test_an_interrupt_while_llama_cpp_works(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", _SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("stage", ["plan", "read weights", "quantize", "check tokenizer", "check model"])
+@pytest.mark.parametrize(
+    "stage", ["plan", "read weights", "quantize", "check tokenizer", "check model", "measure quality"]
+)
 def test_interrupts_at_many_moments(smollm2_hf: Path, tmp_path: Path, stage: str, number: signal.Signals) -> None:
     for delay_s in (0.0, 0.1):
         _interrupted(smollm2_hf, tmp_path, stage, delay_s, number)

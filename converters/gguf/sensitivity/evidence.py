@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches, read_imatrix, write_imatrix
 from edgeq.converters.gguf.observe import collect_imatrix
 from edgeq.converters.gguf.sensitivity.curvature import Curvature, Curvatures
+from edgeq.converters.gguf.sensitivity.curvature_cache import keep_curvatures, load_curvatures
 from edgeq.converters.gguf.sensitivity.fisher import fisher_curvatures, fisher_memory_bytes
 from edgeq.converters.gguf.sensitivity.matrix import Importance
 from edgeq.converters.gguf.sensitivity.probes import probed_curvatures
@@ -28,6 +30,7 @@ from edgeq.converters.gguf.sensitivity.table import weight_errors
 from edgeq.disk_cache import DiskCache, cache_root, fingerprint
 from edgeq.errors import EdgeqError, MissingPackageError, UnsupportedModelError, UsageError
 from edgeq.llama_library import versions
+from edgeq.profiles.cost import EMBEDDING
 
 __all__ = ["ESTIMATORS", "Evidence", "EvidenceRequest", "Workshop", "gather"]
 
@@ -71,7 +74,7 @@ class EvidenceRequest:
     Attributes:
         estimator: ``"auto"`` takes ``"fisher"`` where torch, transformers, a Hugging Face folder and memory allow it.
         calibration: a text file; None lets the model write the text.
-        imatrix: a file whose column weights are used for the quantizer instead of own ones.
+        imatrix: a file whose column weights are used instead of own ones.
         tokens: of calibration.
         seed: of everything that is drawn at random.
     """
@@ -118,18 +121,6 @@ class _Text(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
 
 
-class _CurvatureRecord(msgspec.Struct, frozen=True):
-    rows: bytes
-    columns: bytes
-    activation_kld: dict[int, float]
-    correlation: int | None
-
-
-class _CurvaturesRecord(msgspec.Struct, frozen=True):
-    by_tensor: dict[str, _CurvatureRecord]
-    correlations: list[bytes]
-
-
 def gather(
     header: GgufHeader,
     folder: Path | None,
@@ -152,16 +143,15 @@ def gather(
         MissingPackageError: the estimator that was asked for needs torch.
     """
     cache = DiskCache(cache_root() / "search" / fingerprint(_VERSION, shop.weights_key, versions()["llama.cpp"]))
+    given, gaps = _given(header, list(menu), request)
+    wanted, why = _choose_estimator(request, header, folder)
     text = _calibration(header, request, cache, shop)
-    basis = _Basis(header, tuple(menu), request, text, cache, shop)
-    by_tensor, estimator, notes = _curvatures(basis, folder)
-    key = basis.key(estimator)
-    given = None if request.imatrix is None else read_imatrix(request.imatrix)
-    if given is not None:
-        notes += check_matches(given, header, list(menu))
+    basis = _Basis(header, tuple(menu), request, given, text, cache, shop)
+    found, estimator, notes = _curvatures(basis, wanted, folder)
+    by_tensor = {name: found[name] for name in menu}
     importance, source = _importance(by_tensor, estimator, given, request)
-    errors_key = fingerprint(key, source, _digest(importance))
-    curvatures = Curvatures({name: by_tensor[name] for name in menu}, estimator, text.n_tokens, errors_key)
+    errors_key = fingerprint(basis.key(estimator), source, _digest(importance))
+    curvatures = Curvatures(by_tensor, estimator, text.n_tokens, errors_key)
     errors = weight_errors(
         header,
         menu,
@@ -172,7 +162,7 @@ def gather(
         threads=shop.threads,
         progress=shop.stage("price types"),
     )
-    return Evidence(header, text, curvatures, importance, source, errors, (*text.warnings, *notes))
+    return Evidence(header, text, curvatures, importance, source, errors, (*text.warnings, *why, *notes, *gaps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,59 +172,77 @@ class _Basis:
     header: GgufHeader
     names: tuple[str, ...]
     request: EvidenceRequest
+    given: ImportanceMatrix | None
     text: TokenText
     cache: DiskCache
     shop: Workshop
 
-    def key(self, estimator: str) -> str:
-        return fingerprint(
-            self.text.text_sha256, self.text.n_tokens, estimator, self.request.seed, self.request.imatrix
+    def key(self, estimator: Kind) -> str:
+        text = self.text.text_sha256, self.text.n_tokens
+        if estimator == "fisher":
+            return fingerprint(*text, estimator, self.request.seed)
+        return fingerprint(*text, estimator, None if self.given is None else self.given.sha256)
+
+
+def _given(
+    header: GgufHeader, names: Sequence[str], request: EvidenceRequest
+) -> tuple[ImportanceMatrix | None, list[str]]:
+    """The user's importance matrix, looked at before any work is done, and what is missing in it."""
+    if request.imatrix is None:
+        return None, []
+    matrix = read_imatrix(request.imatrix)
+    check_matches(matrix, header, names)
+    notes = check_matches(matrix, header, [name for name in names if name in matrix.entries])
+    if missing := [name for name in names if name not in matrix.entries]:
+        notes.append(
+            f"{request.imatrix.name} has no entry for {len(missing)} of {len(names)} matrices ({missing[0]} is the "
+            "first): they are weighted by what was measured here"
         )
+    return matrix, notes
 
 
-def _curvatures(basis: _Basis, folder: Path | None) -> tuple[dict[str, Curvature], Kind, list[str]]:
-    """Kept or measured, by the best estimator that can be had, and why it is not the better one."""
-    estimator, why = _choose_estimator(basis.request, basis.header, folder)
-    notes = [why] if why else []
+def _curvatures(
+    basis: _Basis, estimator: Kind, folder: Path | None
+) -> tuple[dict[str, Curvature], Kind, tuple[str, ...]]:
+    """Kept or measured, by which estimator in the end, and why it is not the better one."""
     if estimator == "fisher" and folder is not None:
         try:
-            return _fisher(basis, folder), "fisher", notes
+            return _fisher(basis, folder), "fisher", ()
         except (UnsupportedModelError, MissingPackageError) as error:
             if basis.request.estimator == "fisher":
                 raise
-            notes.append(f"estimator imatrix, because {error.cause}")
-    return _probed(basis), "imatrix", notes
+            return _probed(basis), "imatrix", (f"estimator imatrix, because {error.cause}",)
+    return _probed(basis), "imatrix", ()
 
 
 def _fisher(basis: _Basis, folder: Path) -> dict[str, Curvature]:
     key = basis.key("fisher")
-    kept = _load_curvatures(basis.cache, key, basis.header, basis.names)
+    kept = load_curvatures(basis.cache, key, basis.header, basis.names)
     if kept is None:
         shop, seed = basis.shop, basis.request.seed
         kept = fisher_curvatures(
             folder, basis.text.chunks, seed=seed, threads=shop.threads, progress=shop.stage("curvature")
         )
-        _keep_curvatures(basis.cache, key, kept)
+        if absent := [name for name in basis.names if name not in kept]:
+            raise UnsupportedModelError(f"torch has no gradient of {absent[0]}", "Use --estimator imatrix")
+        keep_curvatures(basis.cache, key, kept)
     return kept
 
 
 def _probed(basis: _Basis) -> dict[str, Curvature]:
     key = basis.key("imatrix")
-    kept = _load_curvatures(basis.cache, key, basis.header, basis.names)
+    kept = load_curvatures(basis.cache, key, basis.header, basis.names)
     if kept is None:
-        matrix = _imatrix(basis, key)
-        weights = {name: w for name in basis.names if (w := matrix.weights(name)) is not None}
-        _refuse_gaps(basis.names, weights)
         kept = probed_curvatures(
             basis.header,
             basis.names,
-            weights,
+            _mean_squares(basis),
             basis.text.chunks,
             work=basis.shop.folder,
             threads=basis.shop.threads,
             progress=basis.shop.stage("probe"),
         )
-        _keep_curvatures(basis.cache, key, kept)
+        keep_curvatures(basis.cache, key, kept)
     return kept
 
 
@@ -264,16 +272,16 @@ def _calibration(header: GgufHeader, request: EvidenceRequest, cache: DiskCache,
     return text
 
 
-def _choose_estimator(request: EvidenceRequest, header: GgufHeader, folder: Path | None) -> tuple[Kind, str]:
+def _choose_estimator(
+    request: EvidenceRequest, header: GgufHeader, folder: Path | None
+) -> tuple[Kind, tuple[str, ...]]:
     """The estimator, and why it is not the better one where that was not asked for."""
-    if request.estimator == "imatrix":
-        return "imatrix", ""
-    reason = _why_no_fisher(header, folder)
+    reason = None if request.estimator == "imatrix" else _why_no_fisher(header, folder)
     if reason is None:
-        return "fisher", ""
+        return "imatrix" if request.estimator == "imatrix" else "fisher", ()
     if request.estimator == "fisher":
         raise reason if isinstance(reason, EdgeqError) else UsageError(reason, "Use --estimator imatrix")
-    return "imatrix", f"estimator imatrix, because {reason.cause if isinstance(reason, EdgeqError) else reason}"
+    return "imatrix", (f"estimator imatrix, because {reason.cause if isinstance(reason, EdgeqError) else reason}",)
 
 
 def _why_no_fisher(header: GgufHeader, folder: Path | None) -> EdgeqError | str | None:
@@ -291,19 +299,31 @@ def _why_no_fisher(header: GgufHeader, folder: Path | None) -> EdgeqError | str 
     return None
 
 
-def _imatrix(basis: _Basis, key: str) -> ImportanceMatrix:
-    """The user's importance matrix, or one that is collected now or was before."""
+def _mean_squares(basis: _Basis) -> dict[str, Floats]:
+    """What each matrix is multiplied with: by the user's importance matrix, and by an own one for its gaps.
+
+    Ones for what the model never multiplies, as an embedding that is no output matrix: its rows are looked up.
+    """
+    looked_up = {EMBEDDING} if "output.weight" in basis.header.tensors else set()
+    weights = {name: np.ones(basis.header.tensors[name].shape[0], np.float32) for name in basis.names}
+    missing = [name for name in basis.names if name not in looked_up]
+    if basis.given is not None:
+        weights |= {name: w for name in missing if (w := basis.given.weights(name)) is not None}
+        missing = [name for name in missing if name not in basis.given.entries]
+    if missing:
+        own = _collected(basis)
+        weights |= {name: w for name in missing if (w := own.weights(name)) is not None}
+    return weights
+
+
+def _collected(basis: _Basis) -> ImportanceMatrix:
+    """An importance matrix that is collected now, or was before."""
     header, names = basis.header, list(basis.names)
-    if basis.request.imatrix is not None:
-        return read_imatrix(basis.request.imatrix)
-    path = basis.cache.folder / f"imatrix-{key}.gguf"
+    path = basis.cache.folder / f"imatrix-{fingerprint(basis.text.text_sha256, basis.text.n_tokens)}.gguf"
     if path.is_file():
-        try:
+        with contextlib.suppress(EdgeqError):  # damaged: collected again
             kept = read_imatrix(path)
             check_matches(kept, header, names)
-        except EdgeqError:  # damaged: collected again
-            path.unlink(missing_ok=True)
-        else:
             return kept
     matrix = collect_imatrix(
         header.path,
@@ -312,17 +332,10 @@ def _imatrix(basis: _Basis, key: str) -> ImportanceMatrix:
         progress=basis.shop.stage("collect imatrix"),
         datasets=(basis.text.name,),
     )
-    basis.cache.folder.mkdir(parents=True, exist_ok=True)
-    write_imatrix(matrix, path)
+    with contextlib.suppress(OSError, EdgeqError):  # it is a cache: without it the matrix is only collected again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_imatrix(matrix, path)
     return matrix
-
-
-def _refuse_gaps(names: Sequence[str], weights: Importance) -> None:
-    if missing := [name for name in names if name not in weights]:
-        raise UsageError(
-            f"The importance matrix says nothing about {missing[0]} ({len(missing)} of {len(names)} matrices)",
-            "Leave out --imatrix, so that one is collected",
-        )
 
 
 def _importance(
@@ -347,41 +360,7 @@ def _floored(weights: Floats) -> Floats:
 
 def _digest(importance: Importance) -> str:
     total = hashlib.sha256()
-    for name, weights in importance.items():
-        total.update(name.encode())
+    for name, weights in sorted(importance.items()):
+        total.update(name.encode("utf-8", errors="surrogateescape"))
         total.update(weights.tobytes())
     return total.hexdigest()
-
-
-def _keep_curvatures(cache: DiskCache, key: str, by_tensor: Mapping[str, Curvature]) -> None:
-    places: dict[int, int] = {}
-    arrays: list[bytes] = []
-    records = {}
-    for name, c in by_tensor.items():
-        place = None
-        if c.correlation is not None:
-            place = places.setdefault(id(c.correlation), len(arrays))
-            if place == len(arrays):
-                arrays.append(c.correlation.tobytes())
-        records[name] = _CurvatureRecord(c.rows.tobytes(), c.columns.tobytes(), dict(c.activation_kld), place)
-    cache.put(f"curvature-{key}", _CurvaturesRecord(records, arrays))
-
-
-def _load_curvatures(
-    cache: DiskCache, key: str, header: GgufHeader, names: Sequence[str]
-) -> dict[str, Curvature] | None:
-    kept = cache.get(f"curvature-{key}", _CurvaturesRecord)
-    if kept is None or not set(names) <= set(kept.by_tensor):
-        return None
-    matrices = [np.frombuffer(data, np.float16) for data in kept.correlations]
-    result = {}
-    for name in names:
-        record, (n_columns, n_rows) = kept.by_tensor[name], header.tensors[name].shape[:2]
-        rows, columns = np.frombuffer(record.rows, np.float32), np.frombuffer(record.columns, np.float32)
-        if len(rows) != n_rows or len(columns) != n_columns:
-            return None
-        correlation = None
-        if record.correlation is not None:
-            correlation = matrices[record.correlation].reshape(n_columns, n_columns)
-        result[name] = Curvature(rows, columns, record.activation_kld, correlation)
-    return result

@@ -129,6 +129,8 @@ def _load(torch: Any, folder: Path) -> Any:  # noqa: ANN401 - optional package
     finally:
         if bars_shown:
             transformers.utils.logging.enable_progress_bar()
+    # Padding is often a token that texts have too, such as the end of one; torch would give its row no gradient.
+    model.get_input_embeddings().padding_idx = None
     return model.eval()
 
 
@@ -218,6 +220,10 @@ def _one_sequence(
 ) -> None:
     logits = model(torch.from_numpy(chunk.astype(np.int64))[None], use_cache=False).logits[0]
     log_p = torch.log_softmax(logits, -1)
+    if not torch.isfinite(log_p).all():
+        raise UnsupportedModelError(
+            "torch computes logits that are NaN or infinite", "Use --estimator imatrix, which needs no torch"
+        )
     labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
     model.zero_grad(set_to_none=True)
     log_p.gather(1, labels).sum().backward()

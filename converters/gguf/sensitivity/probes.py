@@ -8,6 +8,7 @@ and once in 8 bits, where the rounding of activations does.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from edgeq.converters.gguf.assemble import assemble, read_tensor
 from edgeq.converters.gguf.divergence import Judge
-from edgeq.converters.gguf.header import GgufHeader
+from edgeq.converters.gguf.header import GgufHeader, GgufTensor
 from edgeq.converters.gguf.sensitivity.curvature import Curvature
 from edgeq.converters.gguf.sensitivity.matrix import Importance, Matrix
 
@@ -93,11 +94,12 @@ def _probe(
     header: GgufHeader, group: Sequence[str], importance: Importance, judge: Judge, work: Path
 ) -> dict[str, Curvature]:
     matrices = [
-        Matrix.of(header, name, Curvature(_ones(header.tensors[name].shape[1]), importance[name], {}), None)
+        Matrix.of(header, name, Curvature(_ones(header.tensors[name]), importance[name], {}), None)
         for name in group
     ]
     coarse = _output_errors(matrices, _COARSE)
-    scale = _measure(header, matrices, _COARSE, judge, work) / sum(coarse) if sum(coarse) > 0 else 0.0
+    coarse_kld = max(0.0, _measure(header, matrices, _COARSE, judge, work))
+    scale = coarse_kld / sum(coarse) if sum(coarse) > 0 else 0.0
     fine_kld = _measure(header, matrices, _FINE, judge, work)
     fine = _output_errors(matrices, _FINE)
     noise = {32: max(0.0, fine_kld - scale * sum(fine))}
@@ -115,8 +117,9 @@ def _probe(
     }
 
 
-def _ones(count: int) -> Floats:
-    return np.ones(count, np.float32)
+def _ones(tensor: GgufTensor) -> Floats:
+    """One for each row, of all matrices where a tensor holds several."""
+    return np.ones(math.prod(tensor.shape[1:]), np.float32)
 
 
 def _output_errors(matrices: Sequence[Matrix], kind: str) -> list[float]:

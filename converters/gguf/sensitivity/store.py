@@ -12,6 +12,7 @@ from edgeq.converters.gguf.assemble import read_tensor
 from edgeq.converters.gguf.sensitivity.evidence import Evidence
 from edgeq.converters.gguf.sensitivity.matrix import Matrix
 from edgeq.converters.gguf.sensitivity.workers import matrix_workers
+from edgeq.ggml_types import tensor_bytes
 
 __all__ = ["BlockStore"]
 
@@ -36,10 +37,15 @@ class BlockStore:
 
     def prepare(self, types: Mapping[str, str], threads: int) -> None:
         """Make what `blocks` will be asked for, several tensors at once, as far as it can be kept."""
-        stored = self._evidence.header.tensors
-        missing = [
-            (name, kind) for name, kind in types.items() if kind != stored[name].type and (name, kind) not in self._kept
-        ]
+        tensors, room, missing = self._evidence.header.tensors, self._limit, []
+        for key in ((name, kind) for name, kind in types.items() if kind != tensors[name].type):
+            room -= tensor_bytes(key[1], tensors[key[0]].shape)
+            if room < 0:
+                break
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                missing.append(key)
         with matrix_workers(threads) as pool:
             for key, made in zip(missing, pool.map(lambda key: self._make(*key), missing), strict=True):
                 self._keep(key, made)

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import ctypes
+import re
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeq.converters.gguf.recipe import Override, apply_overrides, parse_override, read_recipe, recipe_yaml
+from edgeq.converters.gguf.header import read_header
+from edgeq.converters.gguf.recipe import (
+    Override,
+    apply_overrides,
+    parse_override,
+    read_recipe,
+    recipe_yaml,
+    tensor_type_file,
+)
 from edgeq.errors import UsageError
+from edgeq.ggml_types import ggml_type
 
 _BASE = {"token_embd.weight": "q8_0", "blk.0.ffn_down.weight": "q4_k", "blk.1.ffn_down.weight": "q4_k", "norm": "f32"}
 _SHAPES = {
@@ -81,3 +93,45 @@ def test_bad_recipes_say_why(tmp_path: Path, text: str, message: str) -> None:
         read_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(UsageError, match="cannot be read"):
         read_recipe(tmp_path / "missing.yaml")
+
+
+class TinyGguf(Protocol):
+    """The ``tiny_gguf`` fixture."""
+
+    def __call__(self) -> Path: ...
+
+
+def test_llama_cpp_gives_every_tensor_the_type_of_the_file(tiny_gguf: TinyGguf, tmp_path: Path) -> None:
+    """The entries through what llama-quantize does with them: split at the first =, in lower case, as patterns."""
+    import llama_cpp
+
+    source = tiny_gguf()
+    header = read_header(source)
+    choice = ["q4_0", "q5_1", "q8_0", "iq4_nl", "f16"]
+    matrices = [name for name, tensor in header.tensors.items() if len(tensor.shape) > 1]
+    types = {name: tensor.type for name, tensor in header.tensors.items()}
+    types |= {name: choice[n % len(choice)] for n, name in enumerate(matrices)}
+    entries = [entry.partition("=") for entry in tensor_type_file(types).split()]
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, 1
+    kind = llama_cpp.llama_model_tensor_override
+    array = (kind * (len(entries) + 1))()
+    for index, (pattern, _, type_name) in enumerate(entries):
+        array[index] = kind(pattern.lower().encode(), ggml_type(type_name).id)
+    params.tt_overrides = array
+    out = tmp_path / "out.gguf"
+    assert llama_cpp.llama_model_quantize(bytes(source), bytes(out), ctypes.byref(params)) == 0
+    assert {name: tensor.type for name, tensor in read_header(out).tensors.items()} == types
+
+
+def test_names_in_a_file_for_llama_quantize() -> None:
+    types = {"blk.1.ffn.weight": "q4_0", "blk.10.ffn.weight": "q5_1", "blk-1.ffn.weight": "q8_0", "Out[0].w": "q6_k"}
+    entries = [line.partition("=") for line in tensor_type_file(types).splitlines()]
+    for name, kind in types.items():
+        assert [t for pattern, _, t in entries if re.search(pattern.lower(), name)] == [kind]
+
+
+@pytest.mark.parametrize("names", [["a b"], ["a=b"], ["a\n"], [""], ["Ab", "Bb"], ["Ab", "ab"]])
+def test_names_that_a_file_for_llama_quantize_cannot_tell(names: list[str]) -> None:
+    with pytest.raises(UsageError, match="Export a recipe"):
+        tensor_type_file(dict.fromkeys(names, "q8_0"))
