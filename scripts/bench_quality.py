@@ -80,7 +80,9 @@ class Lab:
     def write(self, label: str, types: Mapping[str, str], store: BlockStore) -> Path:
         """A file with these types, rounded by edgeq."""
         out = self.shop.folder / f"{label.replace(' ', '-').replace('/', '-')}.gguf"
-        assemble(self.evidence.header, {**self.problem.base, **types}, store.blocks, out)
+        complete = {**self.problem.base, **types}
+        store.prepare(complete, self.shop.threads)
+        assemble(self.evidence.header, complete, store.blocks, out)
         return out
 
 
@@ -304,6 +306,7 @@ def _controls(lab: Lab, limit: int) -> dict[str, Any]:
         for label, types in mixes.items():
             path = lab.write(label, types, store)
             result[label] = judge.compare([path])[0].mean_kld
+            print(f"  {label}: {result[label]:.4f}", file=sys.stderr, flush=True)
             path.unlink()
     randoms = [kld for label, kld in result.items() if label.startswith("random")]
     print(f"\ncontrols at q4_k_m's bytes ({text.n_tokens} tokens):")

@@ -194,7 +194,8 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> TinyHf:
                 getattr(transformers, config)(**_tiny_settings(width), **changes)
             )
             with torch.no_grad():
-                model.get_input_embeddings().weight[0].normal_(std=1.6 / width**0.5)  # transformers makes the padding's row zero
+                # transformers makes the padding's row zero
+                model.get_input_embeddings().weight[0].normal_(std=1.6 / width**0.5)
                 for parameter in model.parameters():
                     parameter.copy_(parameter.half())
             model.save_pretrained(folder)
@@ -236,9 +237,7 @@ def _write_tiny_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(["the robot moves its arm to the shelf and waits for the camera"] * 20, trainer)
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"})
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"}))
 
 
 def write_bundle(folder: Path, model: Path, *, built_for: str = "laptop-cpu") -> Path:

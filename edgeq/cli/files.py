@@ -20,10 +20,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """``--export``, ``--format`` and ``--force``."""
     group = parser.add_argument_group(
         "export",
-        "The type of every tensor as a file: a recipe for edgeq's --recipe, or one for llama-quantize "
-        "--tensor-type-file, to be used with --imatrix and any quantized type, such as q8_0, as the file's. "
-        "llama-quantize then gives the same types, but rounds without edgeq's compensation of errors: the file is "
-        "not the one that edgeq makes.",
+        "The type of every tensor as a file: a recipe for edgeq's --recipe, or the file of\n"
+        "llama-quantize --imatrix M.gguf --tensor-type-file FILE IN.gguf OUT.gguf q8_0, which then\n"
+        "gives the same types, but rounds without edgeq's compensation of errors.",
     )
     group.add_argument("--export", type=Path, metavar="FILE", help="write the types there")
     group.add_argument("--format", choices=_FORMATS, help="of that file: recipe (default) or llama.cpp")

@@ -49,7 +49,8 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX=TYPE",
         action="append",
         default=[],
-        help="type of the tensors whose name matches, such as ffn_down=q6_k; repeatable, the first match wins",
+        help="type of the tensors whose name matches, such as ffn_down=q6_k; repeatable, the first match wins; "
+        "a search keeps it",
     )
     plan.add_argument(
         "--recipe",
@@ -127,7 +128,10 @@ def _add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--eval-text", type=read_file, metavar="FILE", help="text; default: the one inside Python")
     group.add_argument(
-        "--eval-tokens", type=whole_number, metavar="N", help="of that text (4096); 0 leaves the judgement out"
+        "--eval-tokens",
+        type=whole_number,
+        metavar="N",
+        help="of that text (4096; 1024 for a preset without limits on quality); 0 leaves the judgement out",
     )
 
 

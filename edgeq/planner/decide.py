@@ -12,7 +12,6 @@ from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches, read_
 from edgeq.converters.gguf.presets import PRESETS
 from edgeq.converters.gguf.quantize import quantizable_tensors
 from edgeq.converters.gguf.sensitivity.evidence import Evidence, Workshop
-from edgeq.converters.gguf.weights import OutOfRangeError
 from edgeq.errors import UsageError
 from edgeq.llama_library import default_threads
 from edgeq.planner.candidates import Menu, effective_budget, misses
@@ -111,12 +110,9 @@ def _refuse_search_goals(goal: Goal) -> None:
 def export_reference(folder: Path, out: Path, progress: Progress) -> None:
     """A Hugging Face folder as the GGUF that mixes are made from and judged against.
 
-    In f16, which llama.cpp computes with more exactly than with bf16, or in f32 where a weight is beyond f16.
+    In f16, which llama.cpp computes with more exactly than with bf16; a tensor with a weight beyond f16 is in bf16.
     """
-    try:
-        export_gguf(folder, out, float_type="f16", progress=lambda d, t, n: progress("read weights", d, t, n))
-    except OutOfRangeError:
-        export_gguf(folder, out, float_type="f32", progress=lambda d, t, n: progress("read weights", d, t, n))
+    export_gguf(folder, out, float_type="f16", progress=lambda d, t, n: progress("read weights", d, t, n))
 
 
 def pose_problem(

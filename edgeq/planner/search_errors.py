@@ -16,13 +16,13 @@ from edgeq.units import format_bytes, format_ms
 
 __all__ = ["infeasible_mix"]
 
-_LABELS = {
+_LABELS: dict[Objective, str] = {
     "file_bytes": "file size",
     "memory_bytes": "peak memory",
     "ns": "time of a token",
     "kld": "mean KL divergence",
 }
-_OPTIONS = {"file_bytes": "--max-size", "memory_bytes": "--max-memory", "kld": "--max-kld"}
+_OPTIONS: dict[Objective, str] = {"file_bytes": "--max-size", "memory_bytes": "--max-memory", "kld": "--max-kld"}
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -119,7 +119,9 @@ def infeasible_mix(
     else:
         cause = f"No mix of types has {wanted} at once"
     ways = [words.way(q, value) for q in clash if (value := error.raise_to[q]) is not None]
-    nearest = {q: value for q, value in error.nearest.given().items() if q in clash or value > given[q]}
+    nearest: dict[Objective, float] = {
+        q: value for q, value in error.nearest.given().items() if q in clash or value > given[q]
+    }
     if not ways:  # no limit alone is in the way
         ways = [" with ".join(words.way(q, value) for q, value in nearest.items() if value > given[q])]
     remedy = f"Use {' or '.join(ways)}"

@@ -52,6 +52,28 @@ def _full(bundle: Path) -> Any:
         notes=["a note"],
         preset="q4_k_m",
     )
+    manifest["plan"]["search"] = {
+        "estimator": "fisher",
+        "objective": "kld",
+        "predicted_kld": 0.025,
+        "gap": 0.0001,
+        "compensated": True,
+        "calibration": {
+            "source": "file",
+            "name": "letters.txt",
+            "tokens": 10240,
+            "chunks": 40,
+            "seed": None,
+            "text_sha256": "0" * 64,
+            "importance": "fisher",
+        },
+        "costs": "kernels timed here",
+        "trials": [
+            {"label": "optimum", "file_bytes": 100, "predicted_kld": 0.025, "measured_kld": 0.026, "chosen": True}
+        ],
+        "selection": "prose",
+        "selection_tokens": 3072,
+    }
     manifest["tools"] = {"edgeq": "1"}
     manifest["source"].update(revision="main", license="mit")
     manifest["budget"] = {"peak_memory_bytes": 1, "itl_ms": 1.0}

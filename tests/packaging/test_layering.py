@@ -24,6 +24,7 @@ LAZY_ONLY = {
     "huggingface_hub",
     "jinja2",
     "llama_cpp",
+    "matplotlib",
     "onnx",
     "onnxruntime",
     "psutil",

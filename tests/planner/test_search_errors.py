@@ -20,13 +20,11 @@ from edgeq.types import Budget, Prediction
 from edgeq.units import parse_bytes, parse_ms, parse_rate
 
 MakeDemand = Callable[..., Demand]
-NEEDS = r"--[a-z0-9-]+ \S+"
 
 
 def _with(demand: Demand, ways: str) -> Demand:
     """A demand with the limits that a remedy names."""
-    for option, value in re.findall(r"(--[a-z0-9-]+) ([^\s,;]+)", ways):
-        value = value.rstrip(".")
+    for option, value in re.findall(r"(--[a-z0-9-]+) ([^\s,;]*[^\s,;.])", ways):
         goal, changes = demand.goal, {}
         if option == "--max-size":
             goal = dataclasses.replace(goal, max_file_bytes=parse_bytes(value))

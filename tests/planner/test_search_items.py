@@ -156,7 +156,8 @@ def test_sums_differ_from_predictions_by_constants(
     (a_types, a, a_options), (_, b, b_options) = mixes
 
     def difference(quantity: str) -> float:
-        return sum(getattr(o, quantity) for o in a_options) - sum(getattr(o, quantity) for o in b_options)
+        totals = [sum(float(getattr(o, quantity)) for o in options) for options in (a_options, b_options)]
+        return totals[0] - totals[1]
 
     assert a.file_bytes == file_bytes(world.pricing.shape, a_types)
     assert difference("file_bytes") == a.file_bytes - b.file_bytes
@@ -238,7 +239,7 @@ def _budget(draw: Callable[[Any], Any], low: Prediction, high: Prediction) -> tu
     def between(field: str) -> float | None:
         share = draw(st.none() | st.floats(-0.1, 1.1))
         a, b = getattr(low, field), getattr(high, field)
-        return None if share is None else a + share * (b - a)
+        return None if share is None else float(a + share * (b - a))
 
     memory, size, itl, first = (between(f) for f in ("peak_memory_bytes", "file_bytes", "itl_ms", "ttft_ms"))
     speed = between("tokens_per_s")

@@ -236,7 +236,7 @@ def _one_sequence(
 
 
 def _refuse_overflow(sums: Mapping[str, _Sums]) -> None:
-    """Refuse gradients without limits, as normalising an embedding of zeros gives them: ggml ends the process on NaN."""
+    """Refuse gradients without limits, as normalising an embedding of zeros gives: ggml ends the process on NaN."""
     for name, of in sums.items():
         gram = 0.0 if of.group is None or of.group.gram is None else float(of.group.gram.sum())
         if not np.isfinite([gram, of.rows.sum(), of.columns.sum(), *of.rounding.values()]).all():

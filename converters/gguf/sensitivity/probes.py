@@ -94,8 +94,7 @@ def _probe(
     header: GgufHeader, group: Sequence[str], importance: Importance, judge: Judge, work: Path
 ) -> dict[str, Curvature]:
     matrices = [
-        Matrix.of(header, name, Curvature(_ones(header.tensors[name]), importance[name], {}), None)
-        for name in group
+        Matrix.of(header, name, Curvature(_ones(header.tensors[name]), importance[name], {}), None) for name in group
     ]
     coarse = _output_errors(matrices, _COARSE)
     coarse_kld = max(0.0, _measure(header, matrices, _COARSE, judge, work))

@@ -73,7 +73,12 @@ def test_the_same_file_as_llama_cpps_quantizer(
     mine, theirs = tmp_path / "mine.gguf", tmp_path / "theirs.gguf"
     asked: list[str] = []
     blocks = _blocks(header, matrix)
-    assemble(header, types, lambda name, kind: (asked.append(name), blocks(name, kind))[1], mine)
+
+    def watched(name: str, kind: str) -> Bytes:
+        asked.append(name)
+        return blocks(name, kind)
+
+    assemble(header, types, watched, mine)
     quantize(header.path, theirs, types, imatrix=matrix, threads=1)
     assert asked == list(header.tensors)
     assert mine.stat().st_size == theirs.stat().st_size == file_bytes(model_shape(header), types)
@@ -101,7 +106,7 @@ def test_llama_cpp_computes_the_same_with_both(
         with Model.load(file) as model, Context(model, context_tokens=32, threads=1, max_outputs=8) as context:
             context.decode(list(range(5, 13)), 0, logits="all")
             logits.append(context.all_logits())
-    assert np.array_equal(*logits)
+    assert np.array_equal(logits[0], logits[1])
     assert np.isfinite(logits[0]).all()
 
 

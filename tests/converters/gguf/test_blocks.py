@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given
@@ -19,11 +20,11 @@ KINDS = {name: kind for name, kind in TYPES.items() if not name.startswith("iq1"
 SAME_BYTES = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "bf16"]
 
 
-def _rows(n_rows: int = 6, n_columns: int = 512, seed: int = 0, scale: float = 0.1) -> np.ndarray:
+def _rows(n_rows: int = 6, n_columns: int = 512, seed: int = 0, scale: float = 0.1) -> npt.NDArray[np.float32]:
     return (scale * np.random.default_rng(seed).standard_normal((n_rows, n_columns))).astype(np.float32)
 
 
-def _ones(n_columns: int = 512) -> np.ndarray:
+def _ones(n_columns: int = 512) -> npt.NDArray[np.float32]:
     return np.ones(n_columns, np.float32)
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from hypothesis import given
@@ -103,8 +104,7 @@ class TinyGguf(Protocol):
 
 def test_llama_cpp_gives_every_tensor_the_type_of_the_file(tiny_gguf: TinyGguf, tmp_path: Path) -> None:
     """The entries through what llama-quantize does with them: split at the first =, in lower case, as patterns."""
-    import llama_cpp
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     source = tiny_gguf()
     header = read_header(source)
     choice = ["q4_0", "q5_1", "q8_0", "iq4_nl", "f16"]
@@ -126,6 +126,7 @@ def test_llama_cpp_gives_every_tensor_the_type_of_the_file(tiny_gguf: TinyGguf, 
 
 def test_names_in_a_file_for_llama_quantize() -> None:
     types = {"blk.1.ffn.weight": "q4_0", "blk.10.ffn.weight": "q5_1", "blk-1.ffn.weight": "q8_0", "Out[0].w": "q6_k"}
+    types |= {"v.blk.1.ffn.weight": "iq4_nl", "blk.1.ffn.weight_b": "q4_1"}
     entries = [line.partition("=") for line in tensor_type_file(types).splitlines()]
     for name, kind in types.items():
         assert [t for pattern, _, t in entries if re.search(pattern.lower(), name)] == [kind]

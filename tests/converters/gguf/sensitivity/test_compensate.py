@@ -24,7 +24,7 @@ def _curvature(n_columns: int, rank: int, seed: int, *, spread: float = 0.5, com
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((rank, n_columns)) + common * rng.standard_normal((rank, 1))
     inputs *= rng.lognormal(0.0, spread, n_columns)
-    return (inputs.T @ inputs / rank).astype(np.float32)
+    return np.asarray(inputs.T @ inputs / rank, np.float32)
 
 
 def _cost(errors: Floats, h: Floats) -> float:
@@ -154,7 +154,7 @@ def test_correlations_in_half_precision_may_be_indefinite() -> None:
     """A few columns carry nearly everything and almost agree, as massive activations do; f16 breaks what they share."""
     n_columns, outliers = 2048, 3
     correlation = np.eye(n_columns, dtype=np.float16)
-    correlation[:outliers, :outliers] = [[1, 1, 0.9995], [1, 1, 1], [0.9995, 1, 1]]
+    correlation[:outliers, :outliers] = np.array([[1, 1, 0.9995], [1, 1, 1], [0.9995, 1, 1]])
     columns = np.full(n_columns, 1e-3, np.float32)
     columns[:outliers] = 1e4
     scale = np.sqrt(columns)

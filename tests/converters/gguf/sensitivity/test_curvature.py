@@ -35,8 +35,7 @@ def test_nats_are_half_the_quadratic_form_of_the_kronecker_product(seed: int, co
 
 
 def test_the_column_matrix_has_the_columns_on_its_diagonal() -> None:
-    curvature = _curvature(1)
-    for curvature in (_curvature(1, correlated=False), curvature):
+    for curvature in (_curvature(1, correlated=False), _curvature(1)):
         matrix = curvature.column_matrix()
         assert np.diag(matrix) == pytest.approx(curvature.columns, rel=1e-6)
         assert matrix == pytest.approx(matrix.T, rel=1e-5)

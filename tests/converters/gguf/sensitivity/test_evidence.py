@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,14 @@ class Bench:
         """Some of its matrices: each of them takes a part of a second."""
         return {name: KINDS for name in self.header.tensors if name in MATRICES}
 
-    def gather(self, request: EvidenceRequest, *, hf: bool = True, key: str = "w", **menu: Any) -> Evidence:
+    def gather(
+        self,
+        request: EvidenceRequest,
+        *,
+        hf: bool = True,
+        key: str = "w",
+        menu: Mapping[str, Sequence[str]] | None = None,
+    ) -> Evidence:
         shop = Workshop(self.work, key, self.threads, self.stages)
         return gather(self.header, self.folder if hf else None, menu or self.menu, request, shop)
 
@@ -166,17 +173,17 @@ def test_the_second_time_nothing_is_measured_and_the_numbers_are_the_same(
     groups = {id(c.correlation) for c in second.curvatures.by_tensor.values()}
     assert groups == {id(None)} if request_ is PLAIN else len(groups) == 3, "query and key share theirs"
     # More types and fewer tensors are found in the same record.
-    more = bench.gather(request_, **{Q: (*KINDS, "q5_0")})
+    more = bench.gather(request_, menu={Q: (*KINDS, "q5_0")})
     assert bench.stages.seen == [("price types", Q)]
     assert {kind: more.errors[Q][kind] for kind in KINDS} == first.errors[Q]
-    for other, stages in (
-        ({"key": "other weights"}, "write calibration text"),
-        ({"request": dataclasses.replace(request_, seed=1)}, "write calibration text"),
-        ({"request": dataclasses.replace(request_, tokens=290)}, "write calibration text"),
+    for other, key in (
+        (request_, "other weights"),
+        (dataclasses.replace(request_, seed=1), "w"),
+        (dataclasses.replace(request_, tokens=290), "w"),
     ):
         bench.stages.take()
-        bench.gather(**{"request": request_, **other})
-        assert bench.stages.take()[0] == stages
+        bench.gather(other, key=key)
+        assert bench.stages.take()[0] == "write calibration text"
 
 
 def _damage(file: Path) -> None:
@@ -268,8 +275,14 @@ def test_an_importance_matrix_is_used_by_its_contents(base: EvidenceRequest, ben
     copy = path.rename(tmp_path / "renamed.gguf")
     again = bench.gather(dataclasses.replace(base, imatrix=copy))
     assert again.errors == found.errors
-    write_imatrix(ImportanceMatrix({n: Activations(np.full((1, len(w)), 2.0, np.float32), np.array([1]))
-                                    for n, w in found.importance.items()}, 1, 1), path)
+    write_imatrix(
+        ImportanceMatrix(
+            {n: Activations(np.full((1, len(w)), 2.0, np.float32), np.array([1])) for n, w in found.importance.items()},
+            1,
+            1,
+        ),
+        path,
+    )
     other = bench.gather(request)
     assert other.errors[Q]["q4_0"] != found.errors[Q]["q4_0"], "the same name, another matrix"
 

@@ -31,9 +31,7 @@ def test_parts_are_all_rows_in_order(wide: GgufHeader, correlated: Matrix, monke
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k", "iq3_s", "bf16"])
-def test_blocks_are_the_parts_that_were_priced(
-    kind: str, correlated: Matrix, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_are_the_parts_that_were_priced(kind: str, correlated: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_module, "_CHUNK_WEIGHTS", 50 * 512)
     blocks = correlated.blocks(kind)
     for start, weights in correlated.parts():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgeq.converters.calibration.texts import TokenText
@@ -27,11 +28,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What was really quantized."""
     calls: list[tuple[str, str]] = []
     blocks = Matrix.blocks
-    monkeypatch.setattr(Matrix, "blocks", lambda self, kind: (calls.append((self.name, kind)), blocks(self, kind))[1])
+
+    def watched(self: Matrix, kind: str) -> npt.NDArray[np.uint8]:
+        calls.append((self.name, kind))
+        return blocks(self, kind)
+
+    monkeypatch.setattr(Matrix, "blocks", watched)
     return calls
 
 
-def _whole(evidence: Evidence, name: str, kind: str) -> np.ndarray:
+def _whole(evidence: Evidence, name: str, kind: str) -> npt.NDArray[np.uint8]:
     matrix = Matrix.of(evidence.header, name, evidence.curvatures.by_tensor[name], evidence.importance[name])
     return matrix.blocks(kind)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgeq.converters.gguf.assemble import read_tensor
@@ -22,6 +23,8 @@ from edgeq.disk_cache import DiskCache
 from edgeq.errors import ConversionError
 
 Menu = Mapping[str, Sequence[str]]
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 Q, V, EMBEDDING = "blk.0.attn_q.weight", "blk.1.attn_v.weight", "token_embd.weight"
 
 
@@ -100,7 +103,12 @@ def test_some_rows_stand_for_all_where_a_matrix_is_large(
     monkeypatch.setattr(table, "_CHUNK_WEIGHTS", 7 * 256)
     seen: list[int] = []
     quantize = Matrix.quantize
-    monkeypatch.setattr(Matrix, "quantize", lambda self, w, kind: (seen.append(len(w)), quantize(self, w, kind))[1])
+
+    def watched(self: Matrix, weights: Floats, kind: str) -> Bytes:
+        seen.append(len(weights))
+        return quantize(self, weights, kind)
+
+    monkeypatch.setattr(Matrix, "quantize", watched)
     sampled = run({EMBEDDING: (kind,)}, key="another")[EMBEDDING][kind]
     assert max(seen) == 7
     assert sum(seen) <= 44
@@ -151,22 +159,23 @@ def test_the_second_run_reads_the_same_numbers(run: _Run, menu: Menu) -> None:
 def test_other_weights_and_other_curvatures_are_not_mixed_up(run: _Run) -> None:
     menu = {Q: ("q4_0",)}
     run(menu)
-    for changes in ({"weights_key": "other"}, {"key": "other"}):
-        run(menu, **changes)
-        assert run.priced == [Q]
+    run(menu, weights_key="other")
+    assert run.priced == [Q]
+    run(menu, key="other")
+    assert run.priced == [Q]
     run(menu)
     assert run.priced == []
 
 
 def test_threads_change_nothing(run: _Run, menu: Menu, tmp_path: Path) -> None:
-    small = {name: ("q4_0", "q8_0") for name in menu}
+    small = dict.fromkeys(menu, ("q4_0", "q8_0"))
     one = run(small)
     run.cache = DiskCache(tmp_path / "other")
     assert run(small, threads=3) == one
 
 
 def test_a_damaged_entry_is_made_again(run: _Run, menu: Menu) -> None:
-    small = {name: ("q4_0",) for name in menu}
+    small = dict.fromkeys(menu, ("q4_0",))
     first = run(small)
     file = sorted(run.cache.folder.iterdir())[3]
     data = bytearray(file.read_bytes())
@@ -179,7 +188,7 @@ def test_a_damaged_entry_is_made_again(run: _Run, menu: Menu) -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run: _Run, menu: Menu, tmp_path: Path) -> None:
-    small = {name: ("q4_0", "iq3_s") for name in menu}
+    small = dict.fromkeys(menu, ("q4_0", "iq3_s"))
     with pytest.raises(KeyboardInterrupt):
         run(small, stop_after=4)
     finished = set(run.priced)
