@@ -34,7 +34,7 @@ def refuse_overlap(calibration: TokenText, held_out: TokenText) -> float:
     share = sum(found) / len(found)
     if share > _MOST:
         raise UsageError(
-            f"{share:.1%} of {held_out.name} stands in the calibration text too, and at most {_MOST:.0%} may", remedy
+            f"{share:.1%} of {held_out.name} stands in {calibration.name} too, and at most {_MOST:.0%} may", remedy
         )
     return share
 

@@ -44,14 +44,13 @@ from edgeq.planner.decide import (
     demand_of,
     export_reference,
     given_imatrix,
-    pose_problem,
     searched_plan,
     wants_search,
     workshop,
 )
 from edgeq.planner.inspection import Inspector, QualityOptions, judged_plan
 from edgeq.planner.plan import Request, make_plan
-from edgeq.planner.problem import Problem, SearchOptions
+from edgeq.planner.problem import Problem, SearchOptions, pose
 from edgeq.planner.search import Demand, Goal
 from edgeq.profiles.loader import load_profile
 from edgeq.staging import publish, refuse_occupied, staging_folder
@@ -245,7 +244,8 @@ def _search(
     check_weights(read_header(reference), {}, finite=source.format == "hf")
     sha256 = weights_sha256(source, lambda d, t, n: progress("hash source", d, t, n))
     shop = workshop(work, sha256, job.threads, progress)
-    problem = pose_problem(reference, source, profile, job.request, job.search, shop)
+    folder = Path(source.path) if source.format == "hf" else None
+    problem = pose(reference, folder, profile, job.request.overrides, job.search, shop)
     demand = demand_of(reference, profile, budget, job.budget, job.request, job.goal)
     source = msgspec.structs.replace(source, weights_sha256=sha256)
     if artifact is None:

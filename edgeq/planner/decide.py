@@ -16,16 +16,15 @@ from edgeq.errors import UsageError
 from edgeq.llama_library import default_threads
 from edgeq.planner.candidates import Menu, effective_budget, misses
 from edgeq.planner.plan import Request, settings_for
-from edgeq.planner.problem import Problem, SearchOptions, pose
+from edgeq.planner.problem import Problem, SearchOptions
 from edgeq.planner.search import Demand, Goal, search
-from edgeq.types import Budget, DeviceProfile, ModelSource, Plan
+from edgeq.types import Budget, DeviceProfile, Plan
 
 __all__ = [
     "Found",
     "demand_of",
     "export_reference",
     "given_imatrix",
-    "pose_problem",
     "searched_plan",
     "wants_search",
     "workshop",
@@ -113,19 +112,6 @@ def export_reference(folder: Path, out: Path, progress: Progress) -> None:
     In f16, which llama.cpp computes with more exactly than with bf16; a tensor with a weight beyond f16 is in bf16.
     """
     export_gguf(folder, out, float_type="f16", progress=lambda d, t, n: progress("read weights", d, t, n))
-
-
-def pose_problem(
-    reference: Path,
-    source: ModelSource,
-    profile: DeviceProfile,
-    request: Request,
-    options: SearchOptions,
-    shop: Workshop,
-) -> Problem:
-    """Everything that is measured before a budget matters."""
-    folder = Path(source.path) if source.format == "hf" else None
-    return pose(reference, folder, profile, request.overrides, options, shop)
 
 
 def demand_of(

@@ -16,7 +16,7 @@ from edgeq.gates import check_gates
 from edgeq.planner.decide import Found, searched_plan
 from edgeq.planner.plan import Request
 from edgeq.planner.problem import Problem, SearchOptions
-from edgeq.planner.search import Demand, Goal, held_out_text
+from edgeq.planner.search import Demand, Goal, held_out_text, selection_text
 from edgeq.types import Quality
 
 __all__ = ["Inspector", "QualityOptions", "judged_plan"]
@@ -64,7 +64,7 @@ class Inspector:
         """The figures for a manifest; None if no tokens were asked for.
 
         Raises:
-            UsageError: the text overlaps the calibration's, or is too short.
+            UsageError: the text overlaps the calibration's or that of the trials, or is too short.
         """
         tokens = self.options.tokens
         if tokens is None:
@@ -72,7 +72,11 @@ class Inspector:
         if tokens <= 0:
             return None
         text = held_out_text(self.reference, self.options.text, tokens)
-        overlap = None if evidence is None else refuse_overlap(evidence.text, text)
+        overlap = None
+        if evidence is not None:
+            overlap = refuse_overlap(evidence.text, text)
+            if text.source == "file":  # the halves of the built-in text share nothing
+                refuse_overlap(selection_text(evidence), text)
         with Judge(self.reference, text.chunks, threads=self.threads or None) as judge:
             divergence = judge.compare(
                 [artifact], progress=lambda done, total, _what: self.progress("measure quality", done, total, text.name)

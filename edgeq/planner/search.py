@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgeq.converters.calibration.overlap import refuse_overlap
 from edgeq.converters.calibration.texts import TokenText, builtin_text, file_text
 from edgeq.converters.gguf.sensitivity.evidence import Evidence, Workshop
 from edgeq.planner.candidates import Settings
@@ -21,7 +22,7 @@ from edgeq.planner.trials import run_trials
 from edgeq.search_record import Calibration, SearchRecord
 from edgeq.types import Budget, Prediction
 
-__all__ = ["Demand", "Goal", "Searched", "front_of", "held_out_text", "search"]
+__all__ = ["Demand", "Goal", "Searched", "front_of", "held_out_text", "search", "selection_text"]
 
 _SELECTION_TOKENS = 2048
 _SELECTION_CHUNK = 256
@@ -129,6 +130,7 @@ def search(problem: Problem, demand: Demand, *, trials: int, shop: Workshop) -> 
 
     Raises:
         BudgetError: no mix meets the limits, by prediction or when measured.
+        UsageError: the calibration text holds the one that mixes are compared on.
     """
     solution, limits, objective = solve_for(problem, demand)
     record = SearchRecord(
@@ -143,6 +145,7 @@ def search(problem: Problem, demand: Demand, *, trials: int, shop: Workshop) -> 
     file = None
     if trials > 0:
         text = selection_text(problem.evidence)
+        refuse_overlap(problem.evidence.text, text)
         judged = run_trials(
             problem, limits, objective, solution, text=text, max_kld=demand.goal.max_kld, trials=trials, shop=shop
         )

@@ -32,9 +32,8 @@ from edgeq.errors import EdgeqError, MissingPackageError, UnsupportedModelError,
 from edgeq.llama_library import versions
 from edgeq.profiles.cost import EMBEDDING
 
-__all__ = ["ESTIMATORS", "Evidence", "EvidenceRequest", "Workshop", "gather"]
+__all__ = ["Evidence", "EvidenceRequest", "Workshop", "gather"]
 
-ESTIMATORS = ("auto", "fisher", "imatrix")
 Estimator = Literal["auto", "fisher", "imatrix"]
 Kind = Literal["fisher", "imatrix"]
 Progress = Callable[[str, int, int, str], None]
@@ -162,7 +161,16 @@ def gather(
         threads=shop.threads,
         progress=shop.stage("price types"),
     )
-    return Evidence(header, text, curvatures, importance, source, errors, (*text.warnings, *why, *notes, *gaps))
+    notes = (*text.warnings, *why, *notes, *_uncompensated(curvatures), *gaps)
+    return Evidence(header, text, curvatures, importance, source, errors, notes)
+
+
+def _uncompensated(curvatures: Curvatures) -> tuple[str, ...]:
+    """What to say of matrices whose rounding errors stay, where those of others are made up for."""
+    without = [name for name, c in curvatures.by_tensor.items() if c.correlation is None and name != EMBEDDING]
+    if not without or curvatures.estimator != "fisher":
+        return ()
+    return (f"errors of {len(without)} matrices are not made up for by later columns ({without[0]} is the first)",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +300,7 @@ def _why_no_fisher(header: GgufHeader, folder: Path | None) -> EdgeqError | str 
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             return MissingPackageError(f"{package} is not installed", "Install it with: pip install 'edgeq[fisher]'")
-    needed = fisher_memory_bytes(sum(math.prod(t.shape) for t in header.tensors.values()))
+    needed = fisher_memory_bytes([tensor.shape for tensor in header.tensors.values()])
     free = int(psutil.virtual_memory().available)
     if needed > free:
         return f"backward passes need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,16 @@ _MAX_CORRELATED = 4096
 Doubles = npt.NDArray[np.float64]
 
 
-def fisher_memory_bytes(n_params: int) -> int:
-    """What `fisher_curvatures` takes at most, about: weights and gradients in float32, and activations."""
-    return 9 * n_params + (1 << 30)
+def fisher_memory_bytes(shapes: Sequence[Sequence[int]]) -> int:
+    """What `fisher_curvatures` takes at most, about: weights, gradients, correlations in float32, and activations.
+
+    Args:
+        shapes: of all tensors, row length first.
+    """
+    n_params = sum(math.prod(shape) for shape in shapes)
+    # In two precisions; matrices that share an input are counted one by one.
+    correlated = sum(shape[0] ** 2 for shape in shapes if len(shape) > 1 and shape[0] <= _MAX_CORRELATED)
+    return 9 * n_params + 6 * correlated + (1 << 30)
 
 
 @dataclasses.dataclass

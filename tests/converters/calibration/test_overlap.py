@@ -42,7 +42,7 @@ def test_the_share_is_counted_wherever_it_stands(n_common: int, place: int) -> N
     common = max(0, n_common - 15)
     arguments = _text([calibration]), _text([held_out], "b" * 64)
     if common / windows > 0.01:
-        with pytest.raises(UsageError, match=rf"{common / windows:.1%} of t.txt stands in the calibration"):
+        with pytest.raises(UsageError, match=rf"{common / windows:.1%} of t.txt stands in t.txt too"):
             refuse_overlap(*arguments)
     else:
         # A random neighbour may be equal too.

@@ -343,7 +343,7 @@ def test_without_torch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_little_memory_for_gradients(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "fisher_memory_bytes", lambda n_params: 10**9 * n_params)
+    monkeypatch.setattr(module, "fisher_memory_bytes", lambda shapes: 10**9 * sum(map(math.prod, shapes)))
     n_params = sum(math.prod(t.shape) for t in bench.header.tensors.values())
     found = bench.gather(FISHER)
     assert found.curvatures.estimator == "imatrix"
