@@ -2,7 +2,7 @@
 
 Both the converters (vocabulary checks, quantization, smoke test) and the runtime stand on this; it knows nothing of
 prompts or sampling. The parts: `edgeq.llama_library` (the shared library and its log), `edgeq.llama_model`,
-`edgeq.llama_context`.
+`edgeq.llama_context`, and `edgeq.llama_batch` for many sequences at once.
 """
 
 from __future__ import annotations

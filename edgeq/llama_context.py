@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from edgeq.errors import SessionError, UsageError
 from edgeq.ggml_types import ggml_type
-from edgeq.llama_handle import Handle, buffer_bytes
-from edgeq.llama_library import capture_log, check_threads, default_threads, interruptible, library
+from edgeq.llama_decoder import Decoder
+from edgeq.llama_library import library
 from edgeq.llama_model import Model
 
 __all__ = ["KV_TYPES", "Context"]
@@ -20,12 +20,8 @@ __all__ = ["KV_TYPES", "Context"]
 # Types that the attention kernels of llama.cpp read a cache in.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
-_DECODE_ABORTED = 2
-# The return codes of llama_decode, from llama.h.
-_DECODE_CAUSES = {1: "the KV cache has no room left", -1: "llama.cpp refused the batch", -2: "out of memory"}
 
-
-class Context(Handle):
+class Context(Decoder):
     """The state of one sequence on a model: KV cache, compute buffers, and the logits of the last batch.
 
     Not thread-safe, except for `interrupt`. A context manager; the model must stay open for as long.
@@ -34,8 +30,11 @@ class Context(Handle):
         model: what it runs.
         n_ctx: tokens that fit; llama.cpp rounds the request up to a multiple of 256.
         batch_tokens: the most tokens of one `decode`.
+        threads: that compute.
         buffer_bytes: ``kv``, ``compute`` and ``output`` as llama.cpp counts them (rounded to 0.01 MiB).
     """
+
+    _REMEDY = "Use a smaller context or free memory"
 
     def __init__(  # noqa: PLR0913 - the parameters that llama.cpp has
         self,
@@ -70,71 +69,32 @@ class Context(Handle):
             SessionError: too little memory, or types that the model cannot take.
             UsageError: a type that no cache has, or a number of threads that llama.cpp cannot have.
         """
-        self._lib = lib = library()
         for name in (type_k, type_v):
             if name not in KV_TYPES:
                 raise UsageError(f"{name!r} is no type of a KV cache", f"Choose one of {', '.join(KV_TYPES)}")
-        if model.vocab_only:
-            raise SessionError("a model loaded with vocab_only has no weights to run", "Load it without vocab_only")
-        params = lib.llama_context_default_params()
+        lib, params = library(), self._parameters(model, threads)
         params.n_ctx, params.n_seq_max = context_tokens, 1
         params.n_batch, params.n_ubatch = batch_tokens, min(ubatch_tokens, batch_tokens)
         params.n_outputs_max = max_outputs
-        params.n_threads = params.n_threads_batch = check_threads(threads or default_threads())
         params.type_k, params.type_v = ggml_type(type_k).id, ggml_type(type_v).id
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else 0
-        params.no_perf = True
         params.swa_full = False  # layers with a sliding window keep the window only, as the cost model predicts
         if eval_callback is not None:
             self._eval_callback = lib.ggml_backend_sched_eval_callback(eval_callback)  # C keeps a bare pointer to it
             params.cb_eval = self._eval_callback
             params.op_offload = params.offload_kqv = False
-        # ggml asks "abort?" before every operation. A Python callback would take the GIL each time, so the question
-        # is answered by libc: strlen of a one-character string is 1 (yes) or 0 (no), and Python only writes the byte.
-        self._interrupt_flag = ctypes.create_string_buffer(2)
-        params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
-        params.abort_callback_data = ctypes.addressof(self._interrupt_flag)
-        with capture_log() as log:
-            pointer = interruptible(
-                lambda: lib.llama_init_from_model(model.pointer, params),
-                undo=lambda made: lib.llama_free(made) if made else None,
-            )
-        if not pointer:
-            raise SessionError(
-                f"no context of {context_tokens} tokens for {model.path.name}: {log.cause('llama.cpp gave no reason')}",
-                "Use a smaller context, another KV type, or flash attention",
-            )
-        super().__init__(pointer, lib.llama_free, "context", owner=model)
-        self.model = model
+        super().__init__(
+            model,
+            params,
+            np.zeros(batch_tokens, np.int32),
+            what=f"{context_tokens} tokens",
+            remedy="Use a smaller context, another KV type, or flash attention",
+        )
         self.batch_tokens = batch_tokens
         self.max_outputs = max_outputs
-        self.n_ctx = int(lib.llama_n_ctx(pointer))
-        self.threads = int(params.n_threads)
-        self.buffer_bytes = buffer_bytes(log)
-        self._memory = lib.llama_get_memory(pointer)
-        self._n_outputs = 0
+        self.n_ctx = int(lib.llama_n_ctx(self.pointer))
         self._logits_address = 0
         self._logits_view: npt.NDArray[np.float32] = np.empty(0, np.float32)
-        self._init_batch()
-
-    def _init_batch(self) -> None:
-        room = self.batch_tokens
-        self._tokens = np.zeros(room, np.int32)
-        self._positions = np.zeros(room, np.int32)
-        self._outputs = np.zeros(room, np.int8)
-        self._n_seq_id = np.ones(room, np.int32)
-        self._seq_id = (ctypes.c_int32 * 1)(0)
-        self._seq_ids = np.full(room, ctypes.addressof(self._seq_id), np.uintp)
-        int32_p = ctypes.POINTER(ctypes.c_int32)
-        self._batch = self._lib.llama_batch(
-            n_tokens=0,
-            token=self._tokens.ctypes.data_as(int32_p),
-            embd=None,
-            pos=self._positions.ctypes.data_as(int32_p),
-            n_seq_id=self._n_seq_id.ctypes.data_as(int32_p),
-            seq_id=self._seq_ids.ctypes.data_as(ctypes.POINTER(int32_p)),
-            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
 
     def decode(
         self,
@@ -172,8 +132,7 @@ class Context(Handle):
         self._positions[:count] = np.arange(start, start + count)
         self._outputs[:count] = logits == "all"
         self._outputs[count - 1] = logits != "none"
-        self._n_outputs = count if logits == "all" else int(logits == "last")
-        return self._run(count)
+        return self._run(count, count if logits == "all" else int(logits == "last"))
 
     def decode_one(self, token: int, position: int) -> bool:
         """`decode` of a single token that `sample` or `logits` gave, with logits, at the least cost."""
@@ -182,19 +141,7 @@ class Context(Handle):
         self._tokens[0] = token
         self._positions[0] = position
         self._outputs[0] = 1
-        self._n_outputs = 1
-        return self._run(1)
-
-    def _run(self, count: int) -> bool:
-        self._batch.n_tokens = count
-        code = self._lib.llama_decode(self.pointer, self._batch)
-        if code == 0:
-            return True
-        self._n_outputs = 0
-        if code == _DECODE_ABORTED:
-            return False
-        cause = _DECODE_CAUSES.get(code, f"llama_decode returned {code}")
-        raise SessionError(f"decoding {count} tokens failed: {cause}", "Use a smaller context or free memory")
+        return self._run(1, 1)
 
     def logits(self, index: int = -1) -> npt.NDArray[np.float32]:
         """One row of logits of the last batch, float32 of (n_vocab,): a view that the next decode overwrites.
@@ -222,12 +169,7 @@ class Context(Handle):
         Args:
             copy: off gives a view that the next decode overwrites and that must not outlive the context.
         """
-        if not self._n_outputs:
-            return np.empty((0, self.model.n_vocab), np.float32)
-        pointer = self._lib.llama_get_logits(self.pointer)
-        if not pointer:
-            raise SessionError("llama.cpp has no logits for the last batch")
-        rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(pointer, (self._n_outputs, self.model.n_vocab))
+        rows = self._output_rows()
         return rows.copy() if copy else rows
 
     def keep(self, n_tokens: int) -> bool:
@@ -248,11 +190,3 @@ class Context(Handle):
     def clear(self) -> None:
         """Empty the cache."""
         self.keep(0)
-
-    def interrupt(self) -> None:
-        """Stop the decode that is running, and all later ones until `resume`. Any thread may call it."""
-        self._interrupt_flag[0] = b"\x01"
-
-    def resume(self) -> None:
-        """Allow decoding again after `interrupt`."""
-        self._interrupt_flag[0] = b"\x00"

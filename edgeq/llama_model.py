@@ -42,6 +42,7 @@ class Model(Handle):
         self.vocab_only = vocab_only
         self.buffer_bytes = buffer_bytes(log).get("model", 0)
         self._vocab = vocab = lib.llama_model_get_vocab(pointer)
+        self._has_vocabulary = lib.llama_vocab_type(vocab) != lib.LLAMA_VOCAB_TYPE_NONE
         self.n_vocab = int(lib.llama_vocab_n_tokens(vocab))
         self.n_embd = int(lib.llama_model_n_embd(pointer))
         self.n_layers = int(lib.llama_model_n_layer(pointer))
@@ -116,7 +117,9 @@ class Model(Handle):
 
         Raises:
             UsageError: the text is not valid Unicode.
+            SessionError: the file holds no vocabulary.
         """
+        self.check_vocabulary()
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -124,7 +127,6 @@ class Model(Handle):
                 f"the text is not valid Unicode (lone surrogate at character {error.start})",
                 "Decode it with errors='replace'",
             ) from None
-        self.check_open()
         # Hugging Face puts no space before text that has one or that begins with a token of its own; only the ids tell.
         if at_start and self._space_first and data and not text.startswith((" ", "\u2581")):
             plain = self._tokenize(data, add_special=False, parse_special=parse_special)
@@ -145,9 +147,14 @@ class Model(Handle):
         """The bytes that a token stands for; a character may span several tokens.
 
         Args:
-            token: its id; outside of the vocabulary is an error.
+            token: its id.
             special: give control tokens their text instead of nothing.
+
+        Raises:
+            UsageError: an id outside of the vocabulary.
+            SessionError: the file holds no vocabulary.
         """
+        self.check_vocabulary()
         self.check_token(token)
         room = 64
         while True:
@@ -163,9 +170,19 @@ class Model(Handle):
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def is_control(self, token: int) -> bool:
-        """Whether the token is a control token, which no user's text may contain."""
+        """Whether the token is a control token, which no user's text may contain; errors as in `token_bytes`."""
+        self.check_vocabulary()
         self.check_token(token)
         return bool(self._lib.llama_vocab_is_control(self._vocab, token))
+
+    def check_vocabulary(self) -> None:
+        """Raise SessionError if the file holds no vocabulary: llama.cpp would end the process when asked for text."""
+        self.check_open()
+        if not self._has_vocabulary:
+            raise SessionError(
+                f"{self.path.name} holds no vocabulary, so it can neither read nor write text",
+                "Use a GGUF with the model's tokenizer",
+            )
 
     def check_token(self, token: int) -> None:
         """Raise UsageError for an id outside of the vocabulary: in llama.cpp it would end the process."""

@@ -30,7 +30,6 @@ __all__ = [
     "last_level_cache_bytes",
     "legal_matrices",
     "machine_name",
-    "measure",
     "measure_matrices",
     "measure_overhead",
     "other_busy_cpus",
@@ -80,25 +79,6 @@ def legal_matrices(shapes: Sequence[tuple[int, int]], types: Sequence[str]) -> l
     return [(kind.name, shape) for kind in kinds for shape in dict.fromkeys(shapes) if kind.fits(shape[0])]
 
 
-def measure(
-    shapes: Sequence[tuple[int, int]],
-    types: Sequence[str],
-    *,
-    threads: int,
-    working_set_bytes: int | None = None,
-    progress: Progress | None = None,
-    budget_s: float = 60.0,
-) -> DecodeCosts:
-    """Time every shape in every type that it can have; see `measure_matrices`."""
-    return measure_matrices(
-        legal_matrices(shapes, types),
-        threads=threads,
-        working_set_bytes=working_set_bytes,
-        progress=progress,
-        budget_s=budget_s,
-    )
-
-
 def measure_matrices(
     matrices: Sequence[Matrix],
     *,
@@ -110,7 +90,7 @@ def measure_matrices(
     """Time matrices on this machine.
 
     Args:
-        matrices: distinct; all at least one row and one block.
+        matrices: distinct, as `legal_matrices` lists them.
         threads: as many as the session will have.
         working_set_bytes: of weights to cycle through, the model's size at best; None for `default_working_set`.
             All shapes of a type share it equally; of a matrix larger than its share as many rows as fit are timed.
@@ -118,7 +98,7 @@ def measure_matrices(
         budget_s: about how long it may take; every matrix is timed at least five times whatever it takes.
 
     Raises:
-        UsageError: a type that there is not, rows that it does not divide, or a number of threads that cannot be.
+        UsageError: a type that there is not, or a number of threads that cannot be.
         SessionError: too little memory.
     """
     free = _free_bytes() // _MEMORY_SHARE

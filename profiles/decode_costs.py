@@ -18,25 +18,12 @@ from edgeq.profiles.cost_measure import (
     last_level_cache_bytes,
     legal_matrices,
     machine_name,
-    measure,
     measure_matrices,
-    measure_overhead,
     other_busy_cpus,
 )
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts, Matrix, Overhead, datasheet_costs, decoded_matrices
+from edgeq.profiles.cost_table import DecodeCosts
 
-__all__ = [
-    "CostEntry",
-    "DecodeCosts",
-    "Matrix",
-    "Overhead",
-    "costs_cache",
-    "costs_for",
-    "datasheet_costs",
-    "decoded_matrices",
-    "measure",
-    "measure_overhead",
-]
+__all__ = ["costs_cache", "costs_for"]
 
 # A table that was taken while others kept more CPUs busy than this is taken anew when they keep fewer than the second.
 _BUSY_CPUS = 0.5

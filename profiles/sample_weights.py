@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.ggml_kernels import quantize_blocks
+from edgeq.ggml_blocks import quantize_rows
 from edgeq.ggml_types import GgmlType
 
 __all__ = ["sample_blocks", "sample_vector"]
@@ -35,7 +35,7 @@ def sample_blocks(kind: GgmlType, columns: int) -> npt.NDArray[np.uint8]:
     scales = _spread_scales(random, n_rows * columns // kind.block_weights)
     if not kind.name.startswith(_SLOW_TO_QUANTIZE):
         weights = random.standard_normal((len(scales), kind.block_weights), np.float32) * scales[:, None]
-        return quantize_blocks(weights.reshape(n_rows, columns), kind.name)
+        return quantize_rows(weights.reshape(n_rows, columns), kind.name, np.ones(columns, np.float32))
     # Any bits are valid but the scale's, a float16: first in the block, in iq1_m the high nibbles of its last words.
     blocks = random.integers(0, 256, (len(scales), kind.block_bytes), np.uint8)
     halves = scales.astype("<f2").view("<u2")

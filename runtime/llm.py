@@ -39,7 +39,7 @@ class LLMSession:
         threads: threads that compute.
 
     Raises:
-        SessionError: the file cannot be loaded, or memory is too small.
+        SessionError: the file cannot be loaded, it holds no vocabulary, or memory is too small.
         MissingPackageError: llama-cpp-python is not installed.
     """
 
@@ -50,7 +50,11 @@ class LLMSession:
         self._closed = True  # until everything below has succeeded there is nothing to close
         self._manifest = manifest
         self._engine = Engine(path, settings)
-        self._encoder = PromptEncoder(self._engine.model)
+        try:
+            self._encoder = PromptEncoder(self._engine.model)
+        except BaseException:
+            self._engine.close()
+            raise
         self._turns = Turns(self._engine.context.interrupt, self._engine.context.resume)
         self._closed = False
         self.context_tokens = settings.context_tokens

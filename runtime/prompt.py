@@ -23,9 +23,13 @@ class PromptEncoder:
 
     Args:
         model: gives tokenizer and chat template.
+
+    Raises:
+        SessionError: the model holds no vocabulary.
     """
 
     def __init__(self, model: Model) -> None:
+        model.check_vocabulary()
         self._model = model
         self._template: ChatTemplate | None = None
 

@@ -29,7 +29,7 @@ from edgeq.converters.gguf.quantize import preview, quantizable_tensors, quantiz
 from edgeq.errors import EdgeqError
 from edgeq.ggml_types import TYPES
 from edgeq.llama import Context, Model, default_threads
-from edgeq.profiles.cost_measure import decode_times, measure, other_busy_cpus, undisturbed
+from edgeq.profiles.cost_measure import decode_times, legal_matrices, measure_matrices, other_busy_cpus, undisturbed
 from edgeq.profiles.cost_table import DecodeCosts, Matrix, decoded_matrices
 
 PURE = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
@@ -102,9 +102,8 @@ def decode_all(files: Mapping[str, Path], threads: int, tokens: int, rounds: int
         }
         for turn in range(rounds):
             if turn == rounds // 2:
-                costs = measure(
-                    shapes,
-                    list(TYPES),
+                costs = measure_matrices(
+                    legal_matrices(shapes, list(TYPES)),
                     threads=threads,
                     working_set_bytes=int(statistics.median(sizes)),
                     progress=show_progress,

@@ -117,6 +117,38 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return run
 
 
+@pytest.fixture(scope="session")
+def no_vocabulary_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer that says itself that it has no tokenizer, only 64 nameless tokens."""
+    import gguf
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("no-vocabulary") / "nameless.gguf"
+    width = 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    writer.add_tokenizer_model("no_vocab")
+    rng = np.random.default_rng(0)
+    blocks = [
+        f"blk.0.{name}" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    ]
+    for name in ("token_embd", *blocks):
+        writer.add_tensor(f"{name}.weight", rng.standard_normal((64, width)).astype(np.float16))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """``small_disk(20)``: a folder on a file system of its own with so many MiB."""

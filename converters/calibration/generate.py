@@ -131,6 +131,7 @@ class _Opening:
 
 def _openings(model: Model) -> tuple[tuple[_Opening, ...], tuple[str, ...]]:
     """The kinds of documents that the model can write, and what is to be said about them."""
+    model.check_vocabulary()
     first = model.bos if model.bos is not None else model.eos
     if first is None:
         raise ConversionError(

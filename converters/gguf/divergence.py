@@ -93,7 +93,7 @@ class Judge:
 
         Raises:
             UsageError: no text.
-            SessionError: the model does not load.
+            SessionError: the model does not load, or holds no vocabulary.
         """
         if not chunks or not all(len(chunk) for chunk in chunks):
             raise UsageError("there is no text to compare models on", "Give a longer text")
@@ -106,6 +106,7 @@ class Judge:
         self._kept = contextlib.ExitStack()
         try:
             self._model = self._kept.enter_context(Model.load(reference, use_mmap=True))
+            self._model.check_vocabulary()
             self._reference = self._contexts(self._model, self._kept)
         except BaseException:
             self._kept.close()
@@ -120,7 +121,7 @@ class Judge:
 
         Raises:
             ConversionError: another vocabulary, or logits that are NaN or infinite.
-            SessionError: a candidate does not load.
+            SessionError: a candidate does not load, or holds no vocabulary.
         """
         with contextlib.ExitStack() as opened:
             contexts = []

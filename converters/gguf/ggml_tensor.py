@@ -7,14 +7,13 @@ ggml; only type, shape, strides and sources are read from memory, for which it h
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import ConversionError
-from edgeq.llama_library import library
+from edgeq.ggml_library import InitParams, ggml_call, ggml_function
 
 __all__ = ["TensorHead", "Tensors"]
 
@@ -38,38 +37,6 @@ class TensorHead(ctypes.Structure):
     )
 
 
-class _InitParams(ctypes.Structure):
-    """``struct ggml_init_params`` of ggml.h."""
-
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-@functools.cache
-def _ggml() -> ctypes.CDLL:
-    """The handle of libllama, which links to ggml."""
-    lib: ctypes.CDLL = library()._lib  # noqa: SLF001 - the bindings have no public name for their handle
-    pointer, number, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
-    signatures = (
-        ("ggml_init", pointer, (_InitParams,)),
-        ("ggml_free", None, (pointer,)),
-        ("ggml_new_tensor_2d", pointer, (pointer, ctypes.c_int, number, number)),
-        ("ggml_new_tensor_3d", pointer, (pointer, ctypes.c_int, number, number, number)),
-        ("ggml_mul_mat", pointer, (pointer, pointer, pointer)),
-        ("ggml_mul_mat_id", pointer, (pointer, pointer, pointer, pointer)),
-        ("ggml_get_name", ctypes.c_char_p, (pointer,)),
-        ("ggml_op_desc", ctypes.c_char_p, (pointer,)),
-        ("ggml_nbytes", size, (pointer,)),
-        ("ggml_backend_tensor_get", None, (pointer, pointer, size, size)),
-    )
-    for name, result, arguments in signatures:
-        try:
-            function = getattr(lib, name)
-        except AttributeError as error:
-            raise _strange(f"has no {name}") from error
-        function.restype, function.argtypes = result, arguments
-    return lib
-
-
 def _strange(what: str) -> ConversionError:
     return ConversionError(
         f"This llama.cpp {what}, so edgeq cannot observe its activations",
@@ -84,30 +51,34 @@ class Tensors:
         head: the layout to read with; anything but `TensorHead` is for tests.
 
     Raises:
-        ConversionError: this library lays ``ggml_tensor`` out in another way, or lacks a function.
+        ConversionError: this library lays ``ggml_tensor`` out in another way.
+        SessionError: it lacks a function.
     """
 
     def __init__(self, head: type[ctypes.Structure] = TensorHead) -> None:
-        self._lib, self._head = _ggml(), head
-        context = self._lib.ggml_init(_InitParams(_MEMORY_BYTES, None, False))
+        self._head = head
+        # Taken here, since the callback that reads with them must not raise.
+        self._get_name, self._op_desc = ggml_function("ggml_get_name"), ggml_function("ggml_op_desc")
+        self._nbytes, self._get = ggml_function("ggml_nbytes"), ggml_function("ggml_backend_tensor_get")
+        context = ggml_call("ggml_init", InitParams(_MEMORY_BYTES, None, False))
         if not context:
             raise _strange("gives no memory for a few tensors")
         try:
-            for address, expected in _examples(self._lib, context):
+            for address, expected in _examples(context):
                 read = (self.type_id(address), self.shape(address), self._strides(address), self.sources(address))
                 if read != expected:
                     raise _strange(f"lays ggml_tensor out in another way ({read} instead of {expected})")
         finally:
-            self._lib.ggml_free(context)
+            ggml_call("ggml_free", context)
 
     def name(self, address: int) -> str:
         """The tensor's name."""
-        name: bytes = self._lib.ggml_get_name(address)
+        name: bytes = self._get_name(address)
         return name.decode("utf-8", errors="surrogateescape")
 
     def operation(self, address: int) -> bytes:
         """What a node of a graph computes, such as ``b"MUL_MAT"``."""
-        operation: bytes = self._lib.ggml_op_desc(address)
+        operation: bytes = self._op_desc(address)
         return operation
 
     def type_id(self, address: int) -> int:
@@ -127,9 +98,9 @@ class Tensors:
 
     def raw(self, address: int, n_bytes: int | None = None) -> npt.NDArray[np.uint8]:
         """A copy of a computed tensor's first bytes, from whatever memory it is in; of all that it spans by default."""
-        spanned = int(self._lib.ggml_nbytes(address))
+        spanned = int(self._nbytes(address))
         out = np.empty(spanned if n_bytes is None else min(n_bytes, spanned), np.uint8)
-        self._lib.ggml_backend_tensor_get(address, out.ctypes.data, 0, out.nbytes)
+        self._get(address, out.ctypes.data, 0, out.nbytes)
         return out
 
     def floats(self, address: int) -> npt.NDArray[np.float32]:
@@ -156,22 +127,22 @@ class Tensors:
             raise _strange(f"keeps {self.name(address)} in type {found} instead of {type_id}")
 
 
-def _examples(lib: ctypes.CDLL, context: int) -> Iterator[tuple[int, tuple[object, ...]]]:
+def _examples(context: int) -> Iterator[tuple[int, tuple[object, ...]]]:
     """Addresses of tensors, and the type, shape, strides and first three sources that each has.
 
     The numbers differ, so that no field can be taken for its neighbour.
     """
     none = (None, None, None)
-    matrix = lib.ggml_new_tensor_2d(context, _F16, 24, 5)
+    matrix = ggml_call("ggml_new_tensor_2d", context, _F16, 24, 5)
     yield matrix, (_F16, (24, 5, 1, 1), (2, 48, 240, 240), none)
-    vectors = lib.ggml_new_tensor_2d(context, _F32, 24, 9)
+    vectors = ggml_call("ggml_new_tensor_2d", context, _F32, 24, 9)
     yield vectors, (_F32, (24, 9, 1, 1), (4, 96, 864, 864), none)
-    product = lib.ggml_mul_mat(context, matrix, vectors)
+    product = ggml_call("ggml_mul_mat", context, matrix, vectors)
     yield product, (_F32, (5, 9, 1, 1), (4, 20, 180, 180), (matrix, vectors, None))
-    experts = lib.ggml_new_tensor_3d(context, _F16, 24, 6, 11)
+    experts = ggml_call("ggml_new_tensor_3d", context, _F16, 24, 6, 11)
     yield experts, (_F16, (24, 6, 11, 1), (2, 48, 288, 3168), none)
-    routes = lib.ggml_new_tensor_2d(context, _I32, 2, 7)
+    routes = ggml_call("ggml_new_tensor_2d", context, _I32, 2, 7)
     yield routes, (_I32, (2, 7, 1, 1), (4, 8, 56, 56), none)
-    inputs = lib.ggml_new_tensor_3d(context, _F32, 24, 2, 7)
-    routed = lib.ggml_mul_mat_id(context, experts, inputs, routes)
+    inputs = ggml_call("ggml_new_tensor_3d", context, _F32, 24, 2, 7)
+    routed = ggml_call("ggml_mul_mat_id", context, experts, inputs, routes)
     yield routed, (_F32, (6, 2, 7, 1), (4, 24, 48, 336), (experts, inputs, routes))

@@ -211,3 +211,22 @@ def test_recipes(cli: Cli, tmp_path: Path, text: str, words: list[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     one_line(cli("plan", "m", "--target", "laptop-cpu", "--recipe", recipe), 2, *words)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_vocabulary_ends_no_process(
+    cli: Cli, no_vocabulary_gguf: Path, make_bundle: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    converting = ("convert", no_vocabulary_gguf, "--target", "laptop-cpu", "-o", out)
+    searching = ("--search", "always", "--max-memory", "1GiB", "--decode-costs", "profile")
+    for done in (
+        cli(*converting, "--quant", "q8_0"),
+        cli(*converting, *searching),
+        cli("run", make_bundle(no_vocabulary_gguf), "hello"),
+    ):
+        assert done.returncode == 1
+        assert "holds no vocabulary" in done.stderr.splitlines()[-1]
+    assert not out.exists()

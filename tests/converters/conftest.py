@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,23 +17,6 @@ TINY_CHAT = (
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CORPUS = ["the robot moves its arm to the shelf and waits for the camera", "def area(w, h): return w * h\n"]
 _HIDDEN, _INNER, _LAYERS, _HEADS, _KV_HEADS = 32, 64, 2, 4, 2
-
-
-class TinyGguf(Protocol):
-    """The signature of the ``tiny_gguf`` fixture."""
-
-    def __call__(
-        self,
-        *,
-        seed: int = 0,
-        noise: float = 0.0,
-        vocab_size: int = 320,
-        chat_template: str | None = None,
-        eos: str = "<|im_end|>",
-        corpus: Iterable[str] = _CORPUS,
-    ) -> Path:
-        """A llama of random weights (same for the same seed), each moved by ``noise`` of its spread."""
-        ...
 
 
 def _weights(rng: np.random.Generator, noise: float, vocab_size: int) -> dict[str, Any]:
@@ -97,16 +80,19 @@ def _write_folder(folder: Path, *, vocab_size: int, chat_template: str | None, e
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> TinyGguf:
-    """``tiny_gguf(seed=1, noise=0.1)``: a GGUF in F16; tests must not change it."""
-    from safetensors.numpy import save_file
+class TinyGguf:
+    """Makes the models, each only once.
 
-    from edgeq.converters.gguf.export import export_gguf
+    Args:
+        folder: gives a new folder.
+    """
 
-    made: dict[tuple[object, ...], Path] = {}
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        self._folder = folder
+        self._made: dict[tuple[object, ...], Path] = {}
 
-    def make(
+    def __call__(
+        self,
         *,
         seed: int = 0,
         noise: float = 0.0,
@@ -115,14 +101,23 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> TinyGguf:
         eos: str = "<|im_end|>",
         corpus: Iterable[str] = _CORPUS,
     ) -> Path:
+        """A llama of random weights (same for the same seed), each moved by ``noise`` of its spread."""
+        from safetensors.numpy import save_file
+
+        from edgeq.converters.gguf.export import export_gguf
+
         key = (seed, noise, vocab_size, chat_template, eos, tuple(corpus))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("tiny") / f"tiny-{seed}-{noise:g}"
+        if key not in self._made:
+            folder = self._folder() / f"tiny-{seed}-{noise:g}"
             folder.mkdir()
             _write_folder(folder, vocab_size=vocab_size, chat_template=chat_template, eos=eos, corpus=corpus)
             save_file(_weights(np.random.default_rng(seed), noise, vocab_size), folder / "model.safetensors")
-            made[key] = folder.with_suffix(".gguf")
-            export_gguf(folder, made[key], float_type="f16")
-        return made[key]
+            export_gguf(folder, folder.with_suffix(".gguf"), float_type="f16")
+            self._made[key] = folder.with_suffix(".gguf")
+        return self._made[key]
 
-    return make
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> TinyGguf:
+    """``tiny_gguf(seed=1, noise=0.1)``: a GGUF in F16; tests must not change it."""
+    return TinyGguf(lambda: tmp_path_factory.mktemp("tiny"))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from edgeq.errors import SessionClosedError, UsageError
-from edgeq.ggml_kernels import CpuBackend, Matrices, MatrixSet, quantize_blocks
+from edgeq.ggml_blocks import quantize_rows
+from edgeq.ggml_kernels import CpuBackend, Matrices, MatrixSet
 from edgeq.ggml_types import TYPES, ggml_type
 
 COLUMNS, ROWS = 512, 64
@@ -43,7 +44,7 @@ def dequantized(blocks: np.ndarray, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", [name for name in TYPES if not name.startswith(("iq1", "iq2"))])
 @pytest.mark.parametrize("use_extra_bufts", [True, False])
 def test_product_is_that_of_the_dequantized_weights(backend: CpuBackend, name: str, use_extra_bufts: bool) -> None:
-    blocks = quantize_blocks(random_rows(), name)
+    blocks = quantize_rows(random_rows(), name, np.ones(COLUMNS, np.float32))
     kinds = [Matrices(name, (COLUMNS, ROWS), blocks, copies=2)]
     with MatrixSet(backend, kinds, use_extra_bufts=use_extra_bufts) as matrices:
         matrices.set_vector(0, vector())
@@ -60,8 +61,8 @@ def test_extra_buffers_are_those_that_llama_cpp_loads_weights_into(backend: CpuB
     if not {"avx2", "asimddp"} & set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()):
         pytest.skip("a CPU that llama.cpp may have no other layout for")
     rows = random_rows(63)
-    kinds = [Matrices("q4_0", (COLUMNS, n), quantize_blocks(rows, "q4_0")) for n in (64, 63)]
-    with MatrixSet(backend, [*kinds, Matrices("f32", (COLUMNS, 64), quantize_blocks(rows, "f32"))]) as matrices:
+    kinds = [Matrices("q4_0", (COLUMNS, n), quantize_rows(rows, "q4_0")) for n in (64, 63)]
+    with MatrixSet(backend, [*kinds, Matrices("f32", (COLUMNS, 64), quantize_rows(rows, "f32"))]) as matrices:
         assert matrices.buffers[0] != "CPU"
         assert matrices.buffers[1:] == ("CPU", "CPU")
         for kind in range(3):
@@ -72,7 +73,7 @@ def test_extra_buffers_are_those_that_llama_cpp_loads_weights_into(backend: CpuB
 
 
 def test_short_blocks_are_repeated(backend: CpuBackend) -> None:
-    with MatrixSet(backend, [Matrices("f32", (COLUMNS, 5), quantize_blocks(random_rows(2), "f32"))]) as matrices:
+    with MatrixSet(backend, [Matrices("f32", (COLUMNS, 5), quantize_rows(random_rows(2), "f32"))]) as matrices:
         matrices.set_vector(0, vector())
         matrices.compute(0)
         product = matrices.product(0, 0)
@@ -81,7 +82,7 @@ def test_short_blocks_are_repeated(backend: CpuBackend) -> None:
 
 
 def test_threads_give_the_same_product() -> None:
-    kinds = [Matrices("q8_0", (COLUMNS, ROWS), quantize_blocks(random_rows(), "q8_0"))]
+    kinds = [Matrices("q8_0", (COLUMNS, ROWS), quantize_rows(random_rows(), "q8_0"))]
     products: list[np.ndarray] = []
     for threads in (1, 2):
         with CpuBackend(threads) as backend, MatrixSet(backend, kinds) as matrices:
@@ -92,22 +93,20 @@ def test_threads_give_the_same_product() -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused(backend: CpuBackend) -> None:
-    with pytest.raises(UsageError, match="multiple of 256"):
-        quantize_blocks(random_rows(4, 576), "q4_k")
-    good = quantize_blocks(random_rows(4), "q4_0")
+    good = quantize_rows(random_rows(4), "q4_0")
     with pytest.raises(UsageError, match="multiple of 256"):
         MatrixSet(backend, [Matrices("q6_k", (576, 4), good)])
     for wrong in (Matrices("q4_0", (COLUMNS, 3), good), Matrices("q4_1", (COLUMNS, 4), good)):
         with pytest.raises(ValueError, match="blocks of"):
             MatrixSet(backend, [wrong])
     with pytest.raises(UsageError, match="not a tensor type"):
-        quantize_blocks(random_rows(4), "q4_9")
+        MatrixSet(backend, [Matrices("q4_9", (COLUMNS, 4), good)])
     with pytest.raises(UsageError, match="threads"):
         CpuBackend(0)
 
 
 def test_vectors_of_another_length_are_refused(backend: CpuBackend) -> None:
-    matrices = MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 8), quantize_blocks(random_rows(8), "q4_0"))])
+    matrices = MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 8), quantize_rows(random_rows(8), "q4_0"))])
     with pytest.raises(ValueError, match="a vector of"):
         matrices.set_vector(0, vector(COLUMNS - 1))
     matrices.close()
@@ -119,6 +118,6 @@ def test_vectors_of_another_length_are_refused(backend: CpuBackend) -> None:
 
 def test_closing_the_backend_closes_its_matrices() -> None:
     backend = CpuBackend(1)
-    matrices = MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 8), quantize_blocks(random_rows(8), "q4_0"))])
+    matrices = MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 8), quantize_rows(random_rows(8), "q4_0"))])
     backend.close()
     assert matrices.closed

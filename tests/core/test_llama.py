@@ -87,6 +87,25 @@ def test_tokens_outside_of_the_vocabulary(model: Model, token: int) -> None:
         ctx.decode([1, token], 0, logits="last")
 
 
+def test_a_model_without_a_vocabulary_computes_but_has_no_text(no_vocabulary_gguf: Path) -> None:
+    """llama.cpp would end the process."""
+    with Model.load(no_vocabulary_gguf) as nameless, context(nameless, context_tokens=64) as decoder:
+        assert (nameless.n_vocab, nameless.bos, nameless.eos, nameless.add_bos) == (64, None, None, False)
+        assert decoder.decode([1, 63], 0, logits="last")
+        assert decoder.logits().shape == (64,)
+        assert not nameless.is_eog(1)
+        for use in (
+            lambda: nameless.tokenize("x", add_special=False, parse_special=False),
+            lambda: nameless.tokenize("", add_special=True, parse_special=True),
+            lambda: nameless.token_bytes(1),
+            lambda: nameless.token_bytes(1, special=True),
+            lambda: nameless.is_control(1),
+        ):
+            with pytest.raises(SessionError, match=r"nameless\.gguf holds no vocabulary") as error:
+                use()
+            assert "\n" not in str(error.value)
+
+
 def test_logits_of_all_positions_equal_llama_cpp_python(model: Model, oracle: Any) -> None:
     ids = model.tokenize(TEXT, add_special=True, parse_special=False)
     oracle.eval(ids)

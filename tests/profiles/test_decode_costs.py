@@ -17,7 +17,7 @@ from edgeq.errors import UsageError
 from edgeq.ggml_types import TYPES, tensor_bytes
 from edgeq.llama import Context, Model
 from edgeq.profiles import cost_measure, decode_costs
-from edgeq.profiles.cost_measure import legal_matrices, measure, measure_overhead
+from edgeq.profiles.cost_measure import legal_matrices, measure_matrices, measure_overhead
 from edgeq.profiles.cost_table import CostEntry, DecodeCosts, datasheet_costs, decoded_matrices
 from edgeq.profiles.decode_costs import costs_for
 from edgeq.profiles.loader import load_profile
@@ -160,9 +160,8 @@ def test_every_legal_matrix_once() -> None:
 def test_measuring_gives_every_type_a_time() -> None:
     told: list[tuple[int, int, str]] = []
     shapes = [(256, 64), (512, 4096)]
-    costs = measure(
-        shapes,
-        list(TYPES),
+    costs = measure_matrices(
+        legal_matrices(shapes, list(TYPES)),
         threads=1,
         working_set_bytes=SMALL,
         budget_s=0.1,

@@ -393,3 +393,8 @@ def test_arguments_that_make_no_sense(session: LLMSession, arguments: dict[str, 
 def test_a_bare_gguf_has_no_manifest(session: LLMSession) -> None:
     with pytest.raises(SessionError, match="no manifest"):
         _ = session.manifest
+
+
+def test_a_model_without_a_vocabulary_is_refused_at_once(no_vocabulary_gguf: Path) -> None:
+    with pytest.raises(SessionError, match=r"nameless\.gguf holds no vocabulary"):
+        LLMSession(no_vocabulary_gguf, EngineSettings(context_tokens=64, threads=1))

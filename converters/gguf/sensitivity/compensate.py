@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.converters.gguf.blocks import dequantize, quantize_rows
+from edgeq.ggml_blocks import dequantize, quantize_rows
 from edgeq.ggml_types import ggml_type
 
 __all__ = ["Compensation", "compensation", "quantize_compensated"]
@@ -87,7 +87,7 @@ def _inverse_root(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | 
 def quantize_compensated(
     rows: Floats, type_name: str, importance: Floats | None, compensations: dict[int, Compensation]
 ) -> Bytes:
-    """Like `edgeq.converters.gguf.blocks.quantize_rows`, with every block's error made up for by the later ones.
+    """Like `edgeq.ggml_blocks.quantize_rows`, with every block's error made up for by the later ones.
 
     Args:
         rows: float32 of (n_rows, n_columns).

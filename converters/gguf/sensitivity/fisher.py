@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.converters.checkpoint import TensorEntry
+from edgeq.converters.gguf.grams import MAX_CORRELATED, correlation, correlation_bytes
 from edgeq.converters.gguf.layout import PlannedTensor, plan_layout
 from edgeq.converters.gguf.sensitivity.curvature import ACTIVATION_BLOCKS, Curvature
 from edgeq.converters.gguf.weights import interleave_halves
@@ -27,8 +28,6 @@ from edgeq.errors import UnsupportedModelError, require_package
 __all__ = ["fisher_curvatures", "fisher_memory_bytes"]
 
 Progress = Callable[[int, int, str], None]
-# Inputs wider than this keep the diagonal only: correlations take n^2, and 4096 is 32 MB for each input.
-_MAX_CORRELATED = 4096
 Doubles = npt.NDArray[np.float64]
 
 
@@ -39,9 +38,8 @@ def fisher_memory_bytes(shapes: Sequence[Sequence[int]]) -> int:
         shapes: of all tensors, row length first.
     """
     n_params = sum(math.prod(shape) for shape in shapes)
-    # In two precisions; matrices that share an input are counted one by one.
-    correlated = sum(shape[0] ** 2 for shape in shapes if len(shape) > 1 and shape[0] <= _MAX_CORRELATED)
-    return 9 * n_params + 6 * correlated + (1 << 30)
+    # Matrices that share an input are counted one by one.
+    return 9 * n_params + correlation_bytes(shape[0] for shape in shapes if len(shape) > 1) + (1 << 30)
 
 
 @dataclasses.dataclass
@@ -195,7 +193,7 @@ class _Watch:
         """Add the sequence's outer products, once for all matrices that share an input."""
         for group in self._groups.values():
             x = group.inputs
-            if x.shape[1] <= _MAX_CORRELATED and not isinstance(group.weights, float):
+            if x.shape[1] <= MAX_CORRELATED and not isinstance(group.weights, float):
                 if group.gram is None:
                     group.gram = self._torch.zeros(x.shape[1], x.shape[1])
                 group.gram.addmm_((x * group.weights[:, None]).T, x)
@@ -258,23 +256,16 @@ def _correlation(group: _Group | None) -> npt.NDArray[np.float16] | None:
     if group is None or group.gram is None:
         return None
     if group.correlation is None:
-        group.correlation = _normalised(group.gram.numpy())
+        group.correlation = correlation(group.gram.numpy())
     return group.correlation
 
 
-def _weakened(correlation: npt.NDArray[np.float16] | None, sums: _Sums, total: float) -> npt.NDArray[np.float16] | None:
+def _weakened(strong: npt.NDArray[np.float16] | None, sums: _Sums, total: float) -> npt.NDArray[np.float16] | None:
     """Off-diagonal entries times the output's share of the Fisher information."""
-    if correlation is None or sums.group is None or not total > 0.0:
+    if strong is None or sums.group is None or not total > 0.0:
         return None
     share = min(1.0, float(sums.group.gram.trace()) / total)
-    result: npt.NDArray[np.float16] = (correlation * np.float16(share)).astype(np.float16)
-    np.fill_diagonal(result, 1.0)
-    return result
-
-
-def _normalised(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    scale = np.sqrt(np.maximum(np.diag(matrix), np.finfo(np.float32).tiny))
-    result: npt.NDArray[np.float16] = (matrix / scale[:, None] / scale[None, :]).astype(np.float16)
+    result: npt.NDArray[np.float16] = (strong * np.float16(share)).astype(np.float16)
     np.fill_diagonal(result, 1.0)
     return result
 

@@ -9,19 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.converters.gguf.assemble import read_tensor
-from edgeq.converters.gguf.blocks import dequantize
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.sensitivity.compensate import Compensation, compensation, quantize_compensated
 from edgeq.converters.gguf.sensitivity.curvature import Curvature
+from edgeq.ggml_blocks import dequantize
 from edgeq.ggml_types import ggml_type
 
-__all__ = ["Importance", "Matrix"]
+__all__ = ["CHUNK_WEIGHTS", "Importance", "Matrix"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Importance = Mapping[str, Floats]
 
-_CHUNK_WEIGHTS = 1 << 20
+# Weights that are worked on at once.
+CHUNK_WEIGHTS = 1 << 20
 _BLOCKS = (32, 256)
 
 
@@ -69,7 +70,7 @@ class Matrix:
 
     def parts(self) -> Iterator[tuple[int, Floats]]:
         """All rows as floats, some at a time, each with the number of its first row."""
-        step = max(1, _CHUNK_WEIGHTS // self.n_columns)
+        step = max(1, CHUNK_WEIGHTS // self.n_columns)
         for start in range(0, len(self.raw), step):
             yield start, dequantize(self.raw[start : start + step], self.stored, self.n_columns)
 

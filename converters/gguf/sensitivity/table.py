@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.sensitivity.curvature import Curvature, Curvatures
-from edgeq.converters.gguf.sensitivity.matrix import Importance, Matrix
+from edgeq.converters.gguf.sensitivity.matrix import CHUNK_WEIGHTS, Importance, Matrix
 from edgeq.converters.gguf.sensitivity.workers import matrix_workers
 from edgeq.disk_cache import DiskCache, fingerprint
 from edgeq.llama_library import versions
@@ -27,7 +27,6 @@ __all__ = ["weight_errors"]
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
 
-_CHUNK_WEIGHTS = 1 << 20
 # Weights of a tensor that are really quantized to price a type; of larger tensors some rows stand for the others.
 _PRICED_WEIGHTS = 1 << 22
 # Types whose search over codebooks takes 10 to 40 times as long as a K-quant's get by with fewer.
@@ -139,7 +138,7 @@ def _price_type(matrix: Matrix, kind: str, priced_weights: int) -> float:
 def _price_rows(matrix: Matrix, kind: str, picked: npt.NDArray[np.intp]) -> float:
     curvature = matrix.curvature
     part = Curvature(curvature.rows[picked], curvature.columns, {})
-    step = max(1, _CHUNK_WEIGHTS // matrix.n_columns)
+    step = max(1, CHUNK_WEIGHTS // matrix.n_columns)
     return sum(
         part.weight_kld(matrix.errors(matrix.rows(picked[i : i + step]), kind), i, matrix.column_matrix)
         for i in range(0, len(picked), step)

@@ -13,12 +13,12 @@ import pytest
 from gguf import GGUFWriter
 
 from edgeq.converters.gguf.assemble import assemble, read_tensor
-from edgeq.converters.gguf.blocks import dequantize, quantize_rows
 from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.gguf.imatrix import Activations, ImportanceMatrix
 from edgeq.converters.gguf.quantize import assert_types, quantizable_tensors, quantize
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.errors import ConversionError, DiskFullError, SourceError
+from edgeq.ggml_blocks import dequantize, quantize_rows
 from edgeq.llama import Context, Model
 from edgeq.profiles.cost import file_bytes
 

@@ -172,6 +172,20 @@ def test_what_cannot_be_compared_is_refused(tiny_gguf: Any, tmp_path: Path) -> N
         compare(tiny_gguf(), [tiny_gguf()], [np.array([1, 320], np.int32)], threads=1)
 
 
+def test_a_model_without_a_vocabulary_is_refused(
+    no_vocabulary_gguf: Path, tiny_gguf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = _chunks(n_vocab=64)
+    with pytest.raises(SessionError, match=r"nameless\.gguf holds no vocabulary"):
+        Judge(no_vocabulary_gguf, chunks, threads=1)
+    with Judge(tiny_gguf(), chunks, threads=1) as judge:
+        with pytest.raises(ConversionError, match="has 64 tokens"):
+            judge.compare([no_vocabulary_gguf])
+        monkeypatch.setattr(judge._model, "n_vocab", 64)  # as if both were of one size
+        with pytest.raises(SessionError, match=r"nameless\.gguf holds no vocabulary"):
+            judge.compare([no_vocabulary_gguf])
+
+
 def test_the_real_model(smollm2_gguf: Path) -> None:
     torch = pytest.importorskip("torch")
     with Model.load(smollm2_gguf, vocab_only=True) as model:

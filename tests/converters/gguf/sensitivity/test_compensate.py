@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeq.converters.gguf.blocks import dequantize, quantize_rows
 from edgeq.converters.gguf.sensitivity.compensate import Compensation, compensation, quantize_compensated
+from edgeq.ggml_blocks import dequantize, quantize_rows
 
 Floats = npt.NDArray[np.float32]
 DAMPING = 0.1

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pytest
 
 from edgeq.converters.gguf.assemble import read_tensor
-from edgeq.converters.gguf.blocks import dequantize
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.sensitivity import fisher
 from edgeq.converters.gguf.sensitivity.curvature import Curvature
 from edgeq.converters.gguf.sensitivity.fisher import fisher_curvatures
 from edgeq.errors import UnsupportedModelError
+from edgeq.ggml_blocks import dequantize
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -271,7 +271,7 @@ def test_the_seed_draws_the_labels_and_progress_counts_texts(tiny_hf: Callable[.
 def test_very_wide_inputs_keep_their_diagonal_only(
     tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fisher, "_MAX_CORRELATED", 64)
+    monkeypatch.setattr(fisher, "MAX_CORRELATED", 64)
     found = _fisher(tiny_hf("llama-tied"), _chunks(5))
     for name, curvature in found.items():
         assert (curvature.correlation is None) == ("ffn_down" in name)  # 128 columns

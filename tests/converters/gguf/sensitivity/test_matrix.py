@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from edgeq.converters.gguf.assemble import read_tensor
-from edgeq.converters.gguf.blocks import dequantize, quantize_rows
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.sensitivity import matrix as matrix_module
 from edgeq.converters.gguf.sensitivity.curvature import Curvature, Curvatures
 from edgeq.converters.gguf.sensitivity.matrix import Matrix
+from edgeq.ggml_blocks import dequantize, quantize_rows
 
 NAME = "blk.0.ffn_down.weight"
 
@@ -20,7 +20,7 @@ def correlated(wide: GgufHeader, made_up: Curvatures) -> Matrix:
 
 
 def test_parts_are_all_rows_in_order(wide: GgufHeader, correlated: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_module, "_CHUNK_WEIGHTS", 50 * 512)
+    monkeypatch.setattr(matrix_module, "CHUNK_WEIGHTS", 50 * 512)
     parts = list(correlated.parts())
     assert [start for start, _ in parts] == [0, 50, 100, 150, 200, 250]
     whole = np.concatenate([weights for _, weights in parts])
@@ -32,7 +32,7 @@ def test_parts_are_all_rows_in_order(wide: GgufHeader, correlated: Matrix, monke
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k", "iq3_s", "bf16"])
 def test_blocks_are_the_parts_that_were_priced(kind: str, correlated: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_module, "_CHUNK_WEIGHTS", 50 * 512)
+    monkeypatch.setattr(matrix_module, "CHUNK_WEIGHTS", 50 * 512)
     blocks = correlated.blocks(kind)
     for start, weights in correlated.parts():
         part = blocks[start : start + len(weights)]

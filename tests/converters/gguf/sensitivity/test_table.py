@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pytest
 
 from edgeq.converters.gguf.assemble import read_tensor
-from edgeq.converters.gguf.blocks import dequantize
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.sensitivity import matrix as matrix_module
 from edgeq.converters.gguf.sensitivity import table
@@ -21,6 +20,7 @@ from edgeq.converters.gguf.sensitivity.matrix import Matrix
 from edgeq.converters.gguf.sensitivity.table import weight_errors
 from edgeq.disk_cache import DiskCache
 from edgeq.errors import ConversionError
+from edgeq.ggml_blocks import dequantize
 
 Menu = Mapping[str, Sequence[str]]
 Floats = npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ def _truth(run: _Run, name: str, kind: str) -> float:
 
 
 def test_a_price_is_the_curvature_of_the_blocks_that_are_written(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_module, "_CHUNK_WEIGHTS", 100 * 256)  # several parts, none a divisor of the rows
+    monkeypatch.setattr(matrix_module, "CHUNK_WEIGHTS", 100 * 256)  # several parts, none a divisor of the rows
     menu = {Q: ("q4_0", "q4_k", "iq3_s"), EMBEDDING: ("q5_1", "q6_k"), "blk.0.ffn_down.weight": ("q8_0", "f16")}
     found = run(menu)
     for name, kinds in menu.items():
@@ -100,7 +100,7 @@ def test_some_rows_stand_for_all_where_a_matrix_is_large(
 ) -> None:
     exact = run({EMBEDDING: (kind,)})[EMBEDDING][kind]
     monkeypatch.setattr(table, limit, 40 * 256)
-    monkeypatch.setattr(table, "_CHUNK_WEIGHTS", 7 * 256)
+    monkeypatch.setattr(table, "CHUNK_WEIGHTS", 7 * 256)
     seen: list[int] = []
     quantize = Matrix.quantize
 

@@ -10,8 +10,9 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeq.converters.gguf.blocks import dequantize, quantize_rows
 from edgeq.errors import ConversionError
+from edgeq.ggml_blocks import dequantize, quantize_rows
+from edgeq.ggml_library import ggml_call
 from edgeq.ggml_types import TYPES
 
 # iq1_s and iq1_m are on no menu, and ggml takes five seconds to make their tables.
@@ -97,10 +98,8 @@ def test_what_ggml_would_end_the_process_for_is_refused() -> None:
 
 def test_the_bindings_head_of_the_type_traits_is_ggmls() -> None:
     """`dequantize` takes a function's address from the structure: its other fields say whether that is the place."""
-    from edgeq.converters.gguf.blocks import _ggml
-
     for name, kind in TYPES.items():
-        traits = _ggml().ggml_get_type_traits(kind.id).contents
+        traits = ggml_call("ggml_get_type_traits", kind.id).contents
         assert traits.type_name.decode().lower() == name
         assert (traits.blck_size, traits.type_size) == (kind.block_weights, kind.block_bytes)
         assert traits.is_quantized == (not kind.is_float)

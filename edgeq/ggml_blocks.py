@@ -10,54 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import ConversionError
+from edgeq.ggml_library import ggml_call
 from edgeq.ggml_types import ggml_type
-from edgeq.llama_library import library
 
 __all__ = ["dequantize", "quantize_rows"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-_FLOAT_P = ctypes.POINTER(ctypes.c_float)
-
-
-class _TypeTraits(ctypes.Structure):
-    """The head of ``struct ggml_type_traits`` of ggml.h, as far as it is read here."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, _FLOAT_P, ctypes.c_int64)),
-    )
-
-
-@functools.cache
-def _ggml() -> ctypes.CDLL:
-    """Ggml through the handle of libllama, which links to it."""
-    lib: ctypes.CDLL = library()._lib  # noqa: SLF001 - the bindings have no public name for their handle
-    lib.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    return lib
-
 
 def quantize_rows(rows: Floats, type_name: str, importance: Floats | None = None) -> Bytes:
     """``ggml_quantize_chunk`` of whole rows; it releases the GIL, so threads may share the work.
 
     Args:
-        rows: finite float32 of (n_rows, n_columns), C-contiguous.
+        rows: finite float32 of (n_rows, n_columns).
         type_name: any type whose block divides ``n_columns``.
         importance: float32 of (n_columns,), the weight of each column's squared error; None for ggml's own default.
 
@@ -82,7 +48,8 @@ def quantize_rows(rows: Floats, type_name: str, importance: Floats | None = None
     source = np.ascontiguousarray(rows, np.float32)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     out = np.empty((n_rows, kind.row_bytes(n_columns)), np.uint8)
-    written = _ggml().ggml_quantize_chunk(
+    written = ggml_call(
+        "ggml_quantize_chunk",
         kind.id,
         source.ctypes.data,
         out.ctypes.data,
@@ -99,14 +66,14 @@ def quantize_rows(rows: Floats, type_name: str, importance: Floats | None = None
 
 
 @functools.cache
-def _to_float(type_id: int) -> Callable[[int, ctypes.Array[ctypes.c_float] | int, int], None]:
-    traits = _ggml().ggml_get_type_traits(type_id).contents
+def _to_float(type_id: int) -> Callable[[int, int, int], None]:
+    traits = ggml_call("ggml_get_type_traits", type_id).contents
     address = ctypes.cast(traits.to_float, ctypes.c_void_p).value
     if address is None:
         message = f"ggml has no conversion of type {type_id} to floats"
         raise ConversionError(message, "Install a llama-cpp-python that edgeq was tested with")
     prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    function: Callable[[int, ctypes.Array[ctypes.c_float] | int, int], None] = prototype(address)
+    function: Callable[[int, int, int], None] = prototype(address)
     return function
 
 
