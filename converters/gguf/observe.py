@@ -7,22 +7,25 @@ embedding, where llama.cpp's quantizer looks for it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeq.converters.gguf.ggml_tensor import TensorHead, Tensors
+from edgeq.converters.gguf.grams import Grams
 from edgeq.converters.gguf.header import GgufHeader, GgufTensor, read_header
 from edgeq.converters.gguf.imatrix import Activations, ImportanceMatrix
 from edgeq.errors import ConversionError, UsageError
 from edgeq.ggml_types import ggml_type
-from edgeq.llama import Context, Model
-from edgeq.llama_library import interruptible
+from edgeq.llama import Context, Model, default_threads
+from edgeq.llama_library import check_threads
+from edgeq.llama_workers import run_workers
 
-__all__ = ["Collector", "collect_imatrix"]
+__all__ = ["Collector", "Observed", "collect_imatrix", "observe_inputs"]
 
 Progress = Callable[[int, int, str], None]
 Floats = npt.NDArray[np.float32]
@@ -31,8 +34,22 @@ Counts = npt.NDArray[np.int64]
 
 # The output matrix sees those positions only whose logits are asked for, and each takes a row of the vocabulary.
 _BATCH_TOKENS = 128
+_MOST_WORKERS = 2  # each takes memory for sums of its own
 _DENSE, _ROUTED = b"MUL_MAT", b"MUL_MAT_ID"
 _REMEDY = "Install the llama.cpp that edgeq was tested with: pip install 'llama-cpp-python==0.3.36'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What a model's matrices were multiplied with.
+
+    Attributes:
+        matrix: mean squares.
+        correlations: by matrix, as `edgeq.converters.gguf.grams.Grams.correlations` gives them; empty if not asked for.
+    """
+
+    matrix: ImportanceMatrix
+    correlations: Mapping[str, npt.NDArray[np.float16]]
 
 
 def collect_imatrix(
@@ -43,14 +60,30 @@ def collect_imatrix(
     progress: Progress | None = None,
     datasets: tuple[str, ...] = (),
 ) -> ImportanceMatrix:
-    """Run pieces of text through a model and sum the squares of what each of its matrices is multiplied with.
+    """The importance matrix alone of `observe_inputs`, with its arguments and errors."""
+    return observe_inputs(reference, chunks, threads=threads, progress=progress, datasets=datasets).matrix
+
+
+def observe_inputs(
+    reference: Path,
+    chunks: Sequence[npt.NDArray[np.int32]],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    datasets: tuple[str, ...] = (),
+    correlations: bool = False,
+) -> Observed:
+    """Run pieces of text through a model and look at what each of its matrices is multiplied with.
+
+    The result is the same every time with the same number of threads; with another, sums are rounded otherwise.
 
     Args:
         reference: the unquantized GGUF.
         chunks: token ids, each int32 of (n_tokens,), a text of its own; every position counts the same.
-        threads: None for the machine's physical cores.
+        threads: None for the machine's physical cores; some work on chunks of their own.
         progress: told chunks done, chunks in all, and what is going on.
         datasets: names of the text, for the record.
+        correlations: whether to measure these too; each of two workers takes memory for them.
 
     Raises:
         UsageError: no text, or a token that the model does not have.
@@ -60,39 +93,77 @@ def collect_imatrix(
     lengths = [len(chunk) for chunk in chunks]
     if not lengths or not min(lengths):
         raise UsageError("The calibration text has no tokens, or an empty piece", "Give a longer text")
-    tensors = Tensors(TensorHead)
-    collector = Collector(tensors, read_header(reference))
-    with (
-        Model.load(reference, use_mmap=True, use_extra_bufts=False) as model,
-        Context(
-            model,
-            context_tokens=max(lengths),
-            batch_tokens=_BATCH_TOKENS,
-            ubatch_tokens=_BATCH_TOKENS,
-            threads=threads,
-            max_outputs=_BATCH_TOKENS,
-            eval_callback=collector,
-        ) as context,
-    ):
-        for index, chunk in enumerate(chunks):
-            _run(context, collector, chunk)
-            if progress is not None:
-                progress(index + 1, len(chunks), "importance matrix")
-    return ImportanceMatrix(collector.entries(), len(chunks), max(lengths), datasets)
+    threads = check_threads(threads or default_threads())
+    n_workers = min(threads, len(chunks), _MOST_WORKERS)
+    tensors, header = Tensors(TensorHead), read_header(reference)
+    with contextlib.ExitStack() as opened:
+        model = opened.enter_context(Model.load(reference, use_mmap=True, use_extra_bufts=False))
+        collectors = [Collector(tensors, header, Grams() if correlations else None) for _ in range(n_workers)]
+        contexts = [
+            opened.enter_context(
+                Context(
+                    model,
+                    context_tokens=max(lengths),
+                    batch_tokens=_BATCH_TOKENS,
+                    ubatch_tokens=_BATCH_TOKENS,
+                    threads=threads // n_workers,
+                    max_outputs=_BATCH_TOKENS,
+                    eval_callback=collector,
+                )
+            )
+            for collector in collectors
+        ]
+        workers = [_Worker(*one, chunks[i::n_workers]) for i, one in enumerate(zip(contexts, collectors, strict=True))]
+        _run(workers, len(chunks), progress)
+    for other in collectors[1:]:
+        collectors[0].take_in(other)
+    matrix = ImportanceMatrix(collectors[0].entries(), len(chunks), max(lengths), datasets)
+    grams = collectors[0].grams
+    return Observed(matrix, {} if grams is None else grams.correlations())
 
 
-def _run(context: Context, collector: Collector, chunk: npt.NDArray[np.int32]) -> None:
-    context.clear()
-    for start in range(0, len(chunk), _BATCH_TOKENS):
-        batch = chunk[start : start + _BATCH_TOKENS]
-        # On a thread of its own, so that a signal reaches Python and not the callback, which could not pass it on.
-        interruptible(
-            functools.partial(context.decode, batch, start, logits="all"),
-            stop=context.interrupt,
-            undo=lambda _done: None,
-        )
-        if collector.failure is not None:
-            raise collector.failure
+def _run(workers: Sequence[_Worker], n_chunks: int, progress: Progress | None) -> None:
+    reported = 0
+
+    def poll() -> None:
+        nonlocal reported
+        done = sum(worker.done for worker in workers)
+        if progress is not None and done > reported:
+            reported = done
+            progress(done, n_chunks, "importance matrix")
+
+    def stop() -> None:
+        for worker in workers:
+            worker.context.interrupt()
+
+    run_workers([worker.run for worker in workers], stop=stop, poll=poll)
+
+
+@dataclasses.dataclass
+class _Worker:
+    """One thread's share of the text.
+
+    Attributes:
+        done: chunks that were run.
+    """
+
+    context: Context
+    collector: Collector
+    chunks: Sequence[npt.NDArray[np.int32]]
+    done: int = 0
+
+    def run(self) -> None:
+        """Run all chunks, unless interrupted."""
+        for chunk in self.chunks:
+            self.context.clear()
+            for start in range(0, len(chunk), _BATCH_TOKENS):
+                self.collector.begin_pass()
+                went_through = self.context.decode(chunk[start : start + _BATCH_TOKENS], start, logits="all")
+                if self.collector.failure is not None:
+                    raise self.collector.failure
+                if not went_through:
+                    return
+            self.done += 1
 
 
 class Collector:
@@ -101,16 +172,24 @@ class Collector:
     Args:
         tensors: reads ggml's tensors.
         header: of the model that runs; matrices that it does not name (the cache) are not weights.
+        grams: takes in the inputs of every matrix that is not one of several in a tensor; None for none.
 
     Attributes:
+        grams: as given.
         failure: what went wrong in a call; C cannot pass it on, so whoever started the decode has to raise it.
     """
 
-    def __init__(self, tensors: Tensors, header: GgufHeader) -> None:
+    def __init__(self, tensors: Tensors, header: GgufHeader, grams: Grams | None = None) -> None:
+        self.grams = grams
         self._tensors, self._header = tensors, header
         self._sums: dict[str, Doubles] = {}
         self._counts: dict[str, Counts] = {}
         self.failure: BaseException | None = None
+
+    def begin_pass(self) -> None:
+        """Say that another batch of tokens goes through the model."""
+        if self.grams is not None:
+            self.grams.begin_pass()
 
     def __call__(self, node: int, ask: bool, _user_data: int | None = None) -> bool:
         """Say whether a node is of interest (``ask``), or take it in once it is computed; False ends the graph."""
@@ -124,6 +203,14 @@ class Collector:
             self.failure = error
             return False
         return True
+
+    def take_in(self, other: Collector) -> None:
+        """Add what another saw of the same model, which it loses."""
+        for name, sums in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + sums
+            self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+        if self.grams is not None and other.grams is not None:
+            self.grams.take_in(other.grams)
 
     def entries(self) -> dict[str, Activations]:
         """What was summed, by the weight's name."""
@@ -156,7 +243,10 @@ class Collector:
                 raise ConversionError(f"llama.cpp routes nothing to {entry.name}", _REMEDY)
             sums, counts = routed_squares(tensors.floats(activations)[0], tensors.integers(routes)[0, 0], n_matrices)
         else:
-            sums, counts = dense_squares(tensors.floats(activations), n_matrices, entry.name)
+            inputs = tensors.floats(activations)
+            sums, counts = dense_squares(inputs, n_matrices, entry.name)
+            if self.grams is not None and n_matrices == 1:
+                self.grams.add(entry.name, activations, inputs.reshape(-1, inputs.shape[-1]))
         if not np.isfinite(sums).all():
             raise ConversionError(
                 f"The activations of {entry.name} are NaN or infinite",

@@ -28,6 +28,8 @@ __all__ = ["Judged", "run_trials"]
 # Standard deviation of log(measured / predicted) over single tensors; docs/quality.md.
 _SPREAD = 0.2
 _TIGHTENINGS = 4
+# Of the limit of KL: where the search for its mix stops, and where it aims at.
+_CLOSE, _AIM = 0.985, 0.995
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +190,9 @@ def _meet(bench: _Bench, question: _Question, first: _Tried, max_kld: float, tri
     for index in range(1, trials):
         bench.keep(best)
         measured = current.divergence.mean_kld
-        if best is not None and measured > 0.97 * max_kld and current is best:
+        if best is not None and measured > _CLOSE * max_kld and current is best:
             break
-        aim = current.solution.kld * 0.985 * max_kld / max(measured, 1e-12)
+        aim = current.solution.kld * _AIM * max_kld / max(measured, 1e-12)
         bench.shop.progress("try mixes", index, trials, "meet the quality limit")
         try:
             solution = solve(question.items, dataclasses.replace(question.limits, kld=aim), question.objective)

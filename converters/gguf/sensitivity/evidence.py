@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,11 +18,11 @@ import numpy.typing as npt
 from edgeq.converters.calibration.generate import self_text
 from edgeq.converters.calibration.texts import TokenText, file_text
 from edgeq.converters.gguf.header import GgufHeader
-from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches, read_imatrix, write_imatrix
-from edgeq.converters.gguf.observe import collect_imatrix
+from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches, read_imatrix
 from edgeq.converters.gguf.sensitivity.curvature import Curvature, Curvatures
 from edgeq.converters.gguf.sensitivity.curvature_cache import keep_curvatures, load_curvatures
 from edgeq.converters.gguf.sensitivity.fisher import fisher_curvatures, fisher_memory_bytes
+from edgeq.converters.gguf.sensitivity.inputs import measured_inputs, weighted_by
 from edgeq.converters.gguf.sensitivity.matrix import Importance
 from edgeq.converters.gguf.sensitivity.probes import probed_curvatures
 from edgeq.converters.gguf.sensitivity.table import weight_errors
@@ -42,7 +41,7 @@ Floats = npt.NDArray[np.float32]
 CHUNK_TOKENS = 256
 _FEWEST_TOKENS = 2048
 _FLOOR = 1e-3  # of the mean importance: a column that calibration never saw may still be needed
-_VERSION = 2  # of everything that is cached here
+_VERSION = 3  # of everything that is cached here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +165,18 @@ def gather(
 
 
 def _uncompensated(curvatures: Curvatures) -> tuple[str, ...]:
-    """What to say of matrices whose rounding errors stay, where those of others are made up for."""
-    without = [name for name, c in curvatures.by_tensor.items() if c.correlation is None and name != EMBEDDING]
-    if not without or curvatures.estimator != "fisher":
+    """What to say of matrices whose rounding errors stay, where those of others are made up for.
+
+    Probes decide it for each group of matrices, so for them it is only worth a word if it is so for all.
+    """
+    found = {name: c.correlation for name, c in curvatures.by_tensor.items() if name != EMBEDDING}
+    without = [name for name, correlation in found.items() if correlation is None]
+    if not without or (curvatures.estimator == "imatrix" and len(without) < len(found)):
         return ()
-    return (f"errors of {len(without)} matrices are not made up for by later columns ({without[0]} is the first)",)
+    return (
+        f"rounding errors of {len(without)} of {len(found)} matrices are not made up for by later columns "
+        f"({without[0]} is the first)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,20 +244,25 @@ def _fisher(basis: _Basis, folder: Path) -> dict[str, Curvature]:
 
 
 def _probed(basis: _Basis) -> dict[str, Curvature]:
-    key = basis.key("imatrix")
-    kept = load_curvatures(basis.cache, key, basis.header, basis.names)
-    if kept is None:
-        kept = probed_curvatures(
-            basis.header,
-            basis.names,
-            _mean_squares(basis),
-            basis.text.chunks,
-            work=basis.shop.folder,
-            threads=basis.shop.threads,
-            progress=basis.shop.stage("probe"),
-        )
-        keep_curvatures(basis.cache, key, kept)
-    return kept
+    shop = basis.shop
+    inputs = measured_inputs(
+        basis.header,
+        basis.names,
+        basis.text,
+        cache=basis.cache,
+        threads=shop.threads,
+        progress=shop.stage("collect imatrix"),
+    )
+    return probed_curvatures(
+        basis.header,
+        inputs if basis.given is None else weighted_by(basis.given, inputs),
+        basis.text.chunks,
+        cache=basis.cache,
+        key=basis.key("imatrix"),
+        work=shop.folder,
+        threads=shop.threads,
+        progress=shop.stage("probe"),
+    )
 
 
 def _calibration(header: GgufHeader, request: EvidenceRequest, cache: DiskCache, shop: Workshop) -> TokenText:
@@ -305,45 +316,6 @@ def _why_no_fisher(header: GgufHeader, folder: Path | None) -> EdgeqError | str 
     if needed > free:
         return f"backward passes need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
     return None
-
-
-def _mean_squares(basis: _Basis) -> dict[str, Floats]:
-    """What each matrix is multiplied with: by the user's importance matrix, and by an own one for its gaps.
-
-    Ones for what the model never multiplies, as an embedding that is no output matrix: its rows are looked up.
-    """
-    looked_up = {EMBEDDING} if "output.weight" in basis.header.tensors else set()
-    weights = {name: np.ones(basis.header.tensors[name].shape[0], np.float32) for name in basis.names}
-    missing = [name for name in basis.names if name not in looked_up]
-    if basis.given is not None:
-        weights |= {name: w for name in missing if (w := basis.given.weights(name)) is not None}
-        missing = [name for name in missing if name not in basis.given.entries]
-    if missing:
-        own = _collected(basis)
-        weights |= {name: w for name in missing if (w := own.weights(name)) is not None}
-    return weights
-
-
-def _collected(basis: _Basis) -> ImportanceMatrix:
-    """An importance matrix that is collected now, or was before."""
-    header, names = basis.header, list(basis.names)
-    path = basis.cache.folder / f"imatrix-{fingerprint(basis.text.text_sha256, basis.text.n_tokens)}.gguf"
-    if path.is_file():
-        with contextlib.suppress(EdgeqError):  # damaged: collected again
-            kept = read_imatrix(path)
-            check_matches(kept, header, names)
-            return kept
-    matrix = collect_imatrix(
-        header.path,
-        basis.text.chunks,
-        threads=basis.shop.threads,
-        progress=basis.shop.stage("collect imatrix"),
-        datasets=(basis.text.name,),
-    )
-    with contextlib.suppress(OSError, EdgeqError):  # it is a cache: without it the matrix is only collected again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_imatrix(matrix, path)
-    return matrix
 
 
 def _importance(

@@ -1,37 +1,56 @@
-"""Curvature without torch: the importance matrix says which columns matter, a few real measurements say how much.
+"""Curvature without torch: inputs say which columns matter and how they are correlated, real measurements how much.
 
-The error of a matrix's output is ``sum_ij E[x_j^2] dW_ij^2``, with E[x_j^2] from the importance matrix. How many nats
-such an error costs differs by role and depth, so for each group of matrices of one role in one part of the depth the
-group alone is quantized, and the model's real KL divergence is measured: once in 4 bits, where the weights dominate,
-and once in 8 bits, where the rounding of activations does.
+The mean squared error of a matrix's output is ``sum_i dW_i E[x x^T] dW_i^T``. How many nats such an error costs differs
+by role and depth, so for each group of matrices of one role in one part of the depth the group alone is quantized, and
+the model's real KL divergence is measured: once in 4 bits, where the weights dominate, and once in 8 bits, where the
+rounding of activations does. Inputs say nothing of which tokens matter, so that making up for errors by their
+correlations may also do harm: each group is tried with and without.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgeq.converters.gguf.assemble import assemble, read_tensor
 from edgeq.converters.gguf.divergence import Judge
-from edgeq.converters.gguf.header import GgufHeader, GgufTensor
+from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.sensitivity.curvature import Curvature
-from edgeq.converters.gguf.sensitivity.matrix import Importance, Matrix
+from edgeq.converters.gguf.sensitivity.matrix import Matrix
+from edgeq.converters.gguf.sensitivity.workers import matrix_workers
+from edgeq.disk_cache import DiskCache, fingerprint
+from edgeq.ggml_blocks import dequantize
 
 __all__ = ["groups_of", "probed_curvatures"]
 
 Progress = Callable[[int, int, str], None]
-Floats = npt.NDArray[np.float32]
 
 _LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 _PARTS = 4  # of the depth
 _PROBE_TOKENS = 1024
 _COARSE, _FINE, _WIDE = "q4_0", "q8_0", "q6_k"
+
+
+class _Probe(msgspec.Struct, frozen=True):
+    """What a group costs.
+
+    Attributes:
+        scale: nats for an output error of one.
+        noise: nats from the rounding of activations in a block of so many, all matrices together.
+        correlated: whether it is better to make up for errors by the correlations of the inputs.
+    """
+
+    scale: float
+    noise: dict[int, float]
+    correlated: bool
 
 
 def groups_of(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -48,10 +67,11 @@ def groups_of(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 def probed_curvatures(
     header: GgufHeader,
-    names: Sequence[str],
-    importance: Importance,
+    inputs: Mapping[str, Curvature],
     chunks: Sequence[npt.NDArray[np.int32]],
     *,
+    cache: DiskCache,
+    key: str,
     work: Path,
     threads: int,
     progress: Progress,
@@ -60,9 +80,10 @@ def probed_curvatures(
 
     Args:
         header: of the float GGUF.
-        names: matrices.
-        importance: mean squared inputs, for all of them.
+        inputs: curvature of each matrix's own output, with mean squared inputs as columns and ones as rows.
         chunks: calibration text; its beginning is used.
+        cache: where finished probes are kept.
+        key: names everything that ``inputs`` and ``chunks`` depend on.
         work: a folder for the probes' files.
         threads: of llama.cpp.
         progress: told probes done, probes in all, and a detail.
@@ -71,13 +92,30 @@ def probed_curvatures(
         ConversionError: the reference gives NaN or infinity.
         DiskFullError: no room for a probe.
     """
-    groups = groups_of(names)
-    result: dict[str, Curvature] = {}
-    with Judge(header.path, _beginning(chunks), threads=threads) as judge:
-        for index, group in enumerate(groups):
-            progress(index, len(groups), f"probe {group[0]}")
-            result |= _probe(header, group, importance, judge, work)
-    return result
+    groups = groups_of(list(inputs))
+    places = {group: f"probe-{key}-{fingerprint(*group)}" for group in groups}
+    probes = {group: cache.get(place, _Probe) for group, place in places.items()}
+    missing = [group for group, probe in probes.items() if probe is None]
+    if missing:
+        with Judge(header.path, _beginning(chunks), threads=threads) as judge:
+            for index, group in enumerate(missing):
+                progress(index, len(missing), group[0])
+                with matrix_workers(threads) as pool:
+                    bench = _Bench(header, judge, work, pool)
+                    probes[group] = _probe(bench, {name: inputs[name] for name in group})
+                cache.put(places[group], probes[group])
+    return {
+        name: _scaled(inputs[name], probe, 1 / len(group))
+        for group, probe in probes.items()
+        if probe is not None
+        for name in group
+    }
+
+
+def _scaled(inputs: Curvature, probe: _Probe, share: float) -> Curvature:
+    noise = {block: value * share for block, value in probe.noise.items()}
+    correlation = inputs.correlation if probe.correlated else None
+    return Curvature(inputs.rows * np.float32(probe.scale), inputs.columns, noise, correlation)
 
 
 def _beginning(chunks: Sequence[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int32]]:
@@ -90,55 +128,71 @@ def _beginning(chunks: Sequence[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.i
     return taken
 
 
-def _probe(
-    header: GgufHeader, group: Sequence[str], importance: Importance, judge: Judge, work: Path
-) -> dict[str, Curvature]:
-    matrices = [
-        Matrix.of(header, name, Curvature(_ones(header.tensors[name]), importance[name], {}), None) for name in group
-    ]
-    coarse = _output_errors(matrices, _COARSE)
-    coarse_kld = max(0.0, _measure(header, matrices, _COARSE, judge, work))
-    scale = coarse_kld / sum(coarse) if sum(coarse) > 0 else 0.0
-    fine_kld = _measure(header, matrices, _FINE, judge, work)
-    fine = _output_errors(matrices, _FINE)
-    noise = {32: max(0.0, fine_kld - scale * sum(fine))}
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """Where matrices are rounded and judged."""
+
+    header: GgufHeader
+    judge: Judge
+    work: Path
+    pool: ThreadPoolExecutor
+
+    def matrices(self, inputs: Mapping[str, Curvature]) -> list[Matrix]:
+        """With factorised correlations."""
+        return list(self.pool.map(lambda name: Matrix.of(self.header, name, inputs[name], None), inputs))
+
+    def measure(self, matrices: Sequence[Matrix], kind: str) -> tuple[float, float]:
+        """Round these matrices alone: the sum of half their squared output errors, and the real mean KL divergence."""
+        rounded = dict(zip((m.name for m in matrices), self.pool.map(lambda m: _round(m, kind), matrices), strict=True))
+        header, out = self.header, self.work / "probe.gguf"
+        types = {name: kind if name in rounded else tensor.type for name, tensor in header.tensors.items()}
+        assemble(header, types, lambda n, _kind: rounded[n][0] if n in rounded else read_tensor(header, n), out)
+        try:
+            return sum(error for _, error in rounded.values()), max(0.0, self.judge.compare([out])[0].mean_kld)
+        finally:
+            out.unlink(missing_ok=True)
+
+
+def _probe(bench: _Bench, inputs: Mapping[str, Curvature]) -> _Probe:
+    matrices = bench.matrices({name: dataclasses.replace(c, correlation=None) for name, c in inputs.items()})
+    coarse, coarse_kld = bench.measure(matrices, _COARSE)
+    correlated = any(c.correlation is not None for c in inputs.values())
+    if correlated:
+        others = bench.matrices(inputs)
+        other, other_kld = bench.measure(others, _COARSE)
+        correlated = other_kld < coarse_kld
+        if correlated:
+            matrices, coarse, coarse_kld = others, other, other_kld
+    fine, fine_kld = bench.measure(matrices, _FINE)
+    scale, noise = _scale_and_noise(coarse, coarse_kld, fine, fine_kld)
+    by_block = {32: noise}
     if all(matrix.n_columns % 256 == 0 for matrix in matrices):
-        wide_kld = _measure(header, matrices, _WIDE, judge, work)
-        noise[256] = max(noise[32], wide_kld - scale * sum(_output_errors(matrices, _WIDE)))
-    share = 1.0 / len(matrices)
-    return {
-        matrix.name: Curvature(
-            np.full(len(matrix.raw), scale, np.float32),
-            importance[matrix.name],
-            {block: value * share for block, value in noise.items()},
-        )
-        for matrix in matrices
-    }
+        wide, wide_kld = bench.measure(matrices, _WIDE)
+        by_block[256] = max(noise, wide_kld - scale * wide)
+    return _Probe(scale, by_block, correlated)
 
 
-def _ones(tensor: GgufTensor) -> Floats:
-    """One for each row, of all matrices where a tensor holds several."""
-    return np.ones(math.prod(tensor.shape[1:]), np.float32)
+def _scale_and_noise(coarse: float, coarse_kld: float, fine: float, fine_kld: float) -> tuple[float, float]:
+    """The line through two measurements of nats against squared errors: its slope, and what is left without error.
+
+    Both are at least 0; where the line says otherwise, what the 4 bits cost counts as the weights'.
+    """
+    if coarse <= 0.0:
+        return 0.0, fine_kld
+    if coarse <= fine or coarse_kld <= fine_kld:
+        scale = coarse_kld / coarse
+        return scale, max(0.0, fine_kld - scale * fine)
+    scale = (coarse_kld - fine_kld) / (coarse - fine)
+    noise = fine_kld - scale * fine
+    return (scale, noise) if noise >= 0.0 else (coarse_kld / coarse, 0.0)
 
 
-def _output_errors(matrices: Sequence[Matrix], kind: str) -> list[float]:
-    """Half the weighted squared error of each matrix, in the units that the scale turns into nats."""
-    return [
-        sum(m.curvature.weight_kld(m.errors(weights, kind), start) for start, weights in m.parts()) for m in matrices
-    ]
-
-
-def _measure(header: GgufHeader, matrices: Sequence[Matrix], kind: str, judge: Judge, work: Path) -> float:
-    by_name: Mapping[str, Matrix] = {matrix.name: matrix for matrix in matrices}
-    types = {name: kind if name in by_name else tensor.type for name, tensor in header.tensors.items()}
-    out = work / "probe.gguf"
-    assemble(
-        header,
-        types,
-        lambda name, wanted: by_name[name].blocks(wanted) if name in by_name else read_tensor(header, name),
-        out,
-    )
-    try:
-        return judge.compare([out])[0].mean_kld
-    finally:
-        out.unlink(missing_ok=True)
+def _round(matrix: Matrix, kind: str) -> tuple[npt.NDArray[np.uint8], float]:
+    """A matrix's blocks, and half the squared error of its output, in the units that the scale turns into nats."""
+    blocks = matrix.blocks(kind)
+    error = 0.0
+    for start, weights in matrix.parts():
+        errors = dequantize(blocks[start : start + len(weights)], kind, matrix.n_columns)
+        errors -= weights
+        error += matrix.curvature.weight_kld(errors, start, matrix.column_matrix)
+    return blocks, error

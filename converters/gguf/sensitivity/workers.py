@@ -8,7 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 from edgeq.errors import require_package
 
-__all__ = ["matrix_workers"]
+__all__ = ["matrix_workers", "one_blas_thread"]
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Matrix products of numpy and scipy in the block use one thread each, where others already fill the cores.
+
+    Raises:
+        MissingPackageError: threadpoolctl is not installed.
+    """
+    threadpoolctl = require_package("threadpoolctl", "convert", "to share the cores among matrices")
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        yield
 
 
 @contextlib.contextmanager
@@ -21,9 +33,8 @@ def matrix_workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     Raises:
         MissingPackageError: threadpoolctl is not installed.
     """
-    threadpoolctl = require_package("threadpoolctl", "convert", "to share the cores among matrices")
     with (
-        threadpoolctl.threadpool_limits(1, "blas"),
+        one_blas_thread(),
         ThreadPoolExecutor(max(1, threads), "edgeq-matrix") as pool,
     ):
         try:

@@ -20,7 +20,7 @@ from edgeq.converters.gguf.export import export_gguf
 from edgeq.converters.gguf.ggml_tensor import TensorHead, Tensors
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.imatrix import check_matches
-from edgeq.converters.gguf.observe import Collector, collect_imatrix, dense_squares, routed_squares
+from edgeq.converters.gguf.observe import Collector, collect_imatrix, dense_squares, observe_inputs, routed_squares
 from edgeq.converters.gguf.quantize import quantizable_tensors
 from edgeq.errors import ConversionError, UsageError
 from edgeq.llama import Context, Model
@@ -125,7 +125,8 @@ def test_same_sums_as_hooks_on_torch(name: str, tmp_path: Path, tokenizer_folder
         tmp_path / "model.gguf", _chunks(), threads=1, progress=lambda *a: seen.append(a), datasets=("noise",)
     )
     assert (found.chunk_count, found.chunk_tokens, found.datasets) == (3, 150, ("noise",))
-    assert [done for done, _, _ in seen] == [1, 2, 3]
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+    assert seen[-1][:2] == (3, 3)
     assert found.entries.keys() == expected.keys()
     for key, sums in expected.items():
         assert found.entries[key].counts.tolist() == [sum(LENGTHS)]
@@ -146,6 +147,40 @@ def test_chunks_do_not_see_each_other(tiny: Path) -> None:
         assert entry.sums == pytest.approx(sum(m.entries[name].sums for m in apart), rel=1e-5)
     again = collect_imatrix(tiny, _chunks((40, 30)), threads=1)
     assert again.sha256 == together.sha256
+
+
+def test_threads_share_the_text_and_correlations_are_those_of_one(tiny: Path) -> None:
+    chunks = _chunks((40, 30, 20, 35, 7))
+    one, two = (observe_inputs(tiny, chunks, threads=threads, correlations=True) for threads in (1, 2))
+    assert observe_inputs(tiny, chunks, threads=2, correlations=True).matrix.sha256 == two.matrix.sha256
+    for name, entry in one.matrix.entries.items():
+        assert two.matrix.entries[name].counts.tolist() == entry.counts.tolist() == [132]
+        assert two.matrix.entries[name].sums == pytest.approx(entry.sums, rel=1e-5)
+    assert one.correlations.keys() == two.correlations.keys() == one.matrix.entries.keys()
+    for name, found in one.correlations.items():
+        np.testing.assert_allclose(two.correlations[name], found, atol=2e-3)
+    shared = {name: id(found) for name, found in two.correlations.items()}
+    assert shared["blk.0.attn_q.weight"] == shared["blk.0.attn_k.weight"] == shared["blk.0.attn_v.weight"]
+    assert shared["blk.0.ffn_gate.weight"] == shared["blk.0.ffn_up.weight"]
+    assert len(set(shared.values())) == SMALL["num_hidden_layers"] * 4 + 1, (
+        "four inputs in each layer, and the output's"
+    )
+
+
+def test_correlations_are_those_of_the_inputs_in_torch(tokenizer_folder: Path, tmp_path: Path) -> None:
+    model = _build("llama-tied", tmp_path / "model", tokenizer_folder)
+    seen: list[npt.NDArray[np.float64]] = []
+    down = model.model.layers[1].mlp.down_proj
+    down.register_forward_pre_hook(lambda _m, received: seen.append(received[0][0].double().numpy()))
+    with torch.no_grad():
+        for chunk in _chunks():
+            model(torch.from_numpy(chunk.astype(np.int64))[None])
+    reference = export_gguf(tmp_path / "model", tmp_path / "model.gguf", float_type="f16").path
+    found = observe_inputs(reference, _chunks(), threads=1, correlations=True).correlations["blk.1.ffn_down.weight"]
+    x = np.concatenate(seen)
+    gram = x.T @ x
+    scale = np.sqrt(np.diag(gram))
+    np.testing.assert_allclose(found, gram / np.outer(scale, scale), atol=0.01)
 
 
 def test_smollm2_every_matrix_is_seen(smollm2_gguf: Path) -> None:

@@ -137,7 +137,7 @@ def test_without_torch_activations_and_probes_do(case: str, bench: Bench, tiny_h
     found = bench.gather(PLAIN)
     assert bench.stages.take() == ["write calibration text", "collect imatrix", "probe", "price types"]
     assert (found.curvatures.estimator, found.importance_source, found.notes) == ("imatrix", "activations", ())
-    assert not found.compensated
+    assert found.compensated
     assert set(bench.menu) == found.errors.keys()
     uniform = len(set(found.importance[EMBEDDING].tolist())) == 1
     assert uniform == (case == "llama-untied")
@@ -170,8 +170,8 @@ def test_the_second_time_nothing_is_measured_and_the_numbers_are_the_same(
     second = bench.gather(request_)
     assert bench.stages.take() == []
     _same(first, second)
-    groups = {id(c.correlation) for c in second.curvatures.by_tensor.values()}
-    assert groups == {id(None)} if request_ is PLAIN else len(groups) == 3, "query and key share theirs"
+    groups = {id(c.correlation) for c in second.curvatures.by_tensor.values() if c.correlation is not None}
+    assert len(groups) == 3, "query and key share theirs"
     # More types and fewer tensors are found in the same record.
     more = bench.gather(request_, menu={Q: (*KINDS, "q5_0")})
     assert bench.stages.seen == [("price types", Q)]
@@ -214,10 +214,12 @@ def test_every_damaged_entry_is_made_again(how: str, request_: EvidenceRequest, 
 def test_an_interrupted_search_keeps_what_was_finished(
     stage: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    times = 1 if stage == "collect imatrix" else 2  # the first is told several times a second at most
+
     class Stop(Stages):
         def __call__(self, name: str, done: int, total: int, detail: str) -> None:
             super().__call__(name, done, total, detail)
-            if name == stage and len([s for s, _ in self.seen if s == stage]) == 2:
+            if name == stage and len([s for s, _ in self.seen if s == stage]) == times:
                 raise KeyboardInterrupt
 
     done = bench.stages
