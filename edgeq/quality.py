@@ -40,7 +40,8 @@ class Quality(Record, frozen=True, kw_only=True):
         ppl_ratio_interval: of it.
         noise_floor_kld: mean KL of the reference from itself when computed in other batches: what rounding amounts to.
         confidence: of the intervals.
-        reference: type of the reference's weights, ``"f16"``.
+        reference: type of the reference's weights, ``"f16"``; its KV cache is in F16.
+        kv_type: of the artifact's KV cache.
         text: what was read, for people.
         text_sha256: of it.
         overlap: share of the text that stands in the calibration text too; None if nothing was calibrated.
@@ -64,3 +65,4 @@ class Quality(Record, frozen=True, kw_only=True):
     text: str
     text_sha256: Sha256
     overlap: Share | None
+    kv_type: str = "f16"

@@ -112,11 +112,14 @@ class Judge:
             self._kept.close()
             raise
 
-    def compare(self, candidates: Sequence[Path], *, progress: Progress | None = None) -> list[Divergence]:
+    def compare(
+        self, candidates: Sequence[Path], *, kv_type: str = "f16", progress: Progress | None = None
+    ) -> list[Divergence]:
         """Compare candidates with the reference, all of them loaded at once.
 
         Args:
             candidates: GGUF files with the reference's vocabulary.
+            kv_type: of the candidates' KV caches; the reference's is F16.
             progress: told positions done, positions in all, and what is going on.
 
         Raises:
@@ -128,7 +131,7 @@ class Judge:
             for path in candidates:
                 model = opened.enter_context(Model.load(path, use_mmap=True))
                 self._check_vocabulary(model)
-                contexts.append(self._contexts(model, opened))
+                contexts.append(self._contexts(model, opened, kv_type=kv_type))
             return self._run(contexts, self._chunks, progress)
 
     def noise_floor(self, *, n_chunks: int | None = None, progress: Progress | None = None) -> Divergence:
@@ -155,7 +158,12 @@ class Judge:
         self.close()
 
     def _contexts(
-        self, model: Model, opened: contextlib.ExitStack, *, ubatch_tokens: int | None = None
+        self,
+        model: Model,
+        opened: contextlib.ExitStack,
+        *,
+        ubatch_tokens: int | None = None,
+        kv_type: str = "f16",
     ) -> list[Context]:
         """A context for each worker."""
         return [
@@ -166,6 +174,8 @@ class Judge:
                     batch_tokens=self._rows,
                     ubatch_tokens=ubatch_tokens or self._rows,
                     threads=self._threads,
+                    type_k=kv_type,
+                    type_v=kv_type,
                     max_outputs=self._rows,
                 )
             )

@@ -20,7 +20,13 @@ Floats = npt.NDArray[np.float64]
 
 
 def summarize(
-    divergence: Divergence, text: TokenText, *, noise_floor: Divergence, overlap: float | None, reference: str = "f16"
+    divergence: Divergence,
+    text: TokenText,
+    *,
+    noise_floor: Divergence,
+    overlap: float | None,
+    reference: str = "f16",
+    kv_type: str = "f16",
 ) -> Quality:
     """The figures that a manifest keeps.
 
@@ -30,6 +36,7 @@ def summarize(
         noise_floor: of the reference from itself (`Judge.noise_floor`); any part of the text will do.
         overlap: what `refuse_overlap` measured; None if nothing was calibrated.
         reference: type of the reference's weights.
+        kv_type: of the artifact's KV cache.
     """
     lengths = np.bincount(divergence.chunk)
     kld = np.sort(divergence.kld).tolist()
@@ -55,6 +62,7 @@ def summarize(
         text=text.name,
         text_sha256=text.text_sha256,
         overlap=overlap,
+        kv_type=kv_type,
     )
 
 

@@ -211,8 +211,9 @@ def quality_lines(quality: Quality | None) -> list[str]:
     mean = f"{quality.mean_kld:.4f}{_interval(quality.mean_kld_interval, '.4f')}"
     top1 = f"{quality.top1:.1%}{_interval(quality.top1_interval, '.1%')}"
     ratio = f"{quality.ppl_ratio:.4f}{_interval(quality.ppl_ratio_interval, '.4f')}"
+    cache = "" if quality.kv_type == "f16" else f", with a KV cache in {quality.kv_type}"
     return [
-        f"quality  against the {quality.reference} reference over {read}",
+        f"quality  against the {quality.reference} reference over {read}{cache}",
         f"{_INDENT}mean KL {mean}, {tails}, noise floor {quality.noise_floor_kld:.1e} nats",
         f"{_INDENT}same top token {top1}, perplexity ratio {ratio}; intervals at {quality.confidence:.0%}",
     ]

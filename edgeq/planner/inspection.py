@@ -60,8 +60,16 @@ class Inspector:
     threads: int
     progress: Progress
 
-    def judge(self, artifact: Path, evidence: Evidence | None) -> Quality | None:
+    def judge(
+        self, artifact: Path, evidence: Evidence | None, *, kv_type: str = "f16", part: int = 0
+    ) -> Quality | None:
         """The figures for a manifest; None if no tokens were asked for.
+
+        Args:
+            artifact: the finished model.
+            evidence: what its search stood on, if there was one.
+            kv_type: of the KV cache that it is meant to run with.
+            part: how many judgements there were before, each of which had a text of its own.
 
         Raises:
             UsageError: the text overlaps the calibration's or that of the trials, or is too short.
@@ -71,7 +79,7 @@ class Inspector:
             tokens = _TOKENS_OF_PRESET if evidence is None and self.goal == Goal() else _TOKENS
         if tokens <= 0:
             return None
-        text = held_out_text(self.reference, self.options.text, tokens)
+        text = held_out_text(self.reference, self.options.text, tokens, part)
         overlap = None
         if evidence is not None:
             overlap = refuse_overlap(evidence.text, text)
@@ -79,12 +87,14 @@ class Inspector:
                 refuse_overlap(selection_text(evidence), text)
         with Judge(self.reference, text.chunks, threads=self.threads or None) as judge:
             divergence = judge.compare(
-                [artifact], progress=lambda done, total, _what: self.progress("measure quality", done, total, text.name)
+                [artifact],
+                kv_type=kv_type,
+                progress=lambda done, total, _what: self.progress("measure quality", done, total, text.name),
             )[0]
             noise = judge.noise_floor(n_chunks=_NOISE_CHUNKS)
         embedding = read_header(self.reference).tensors.get("token_embd.weight")
         reference = embedding.type if embedding is not None else "f16"
-        return summarize(divergence, text, noise_floor=noise, overlap=overlap, reference=reference)
+        return summarize(divergence, text, noise_floor=noise, overlap=overlap, reference=reference, kv_type=kv_type)
 
     def missed(self, quality: Quality | None, predicted_kld: float | None) -> list[str]:
         """What the limits on quality say, one line for each that is not met."""
@@ -122,6 +132,8 @@ def judged_plan(
 ) -> tuple[Found, Quality | None]:
     """Search, judge on held-out text, and where a limit on KL is missed by a little, search again for less.
 
+    Each judgement reads another part of the text, so that the last one was not aimed at what it is judged by.
+
     Args:
         problem: the model on its device.
         demand: limits and settings.
@@ -137,22 +149,23 @@ def judged_plan(
     """
     options = dataclasses.replace(options, trials=max(1, options.trials))
 
-    def attempt(aim: float | None) -> tuple[Found, Quality | None]:
+    def attempt(aim: float | None, part: int) -> tuple[Found, Quality | None]:
         goal = dataclasses.replace(demand.goal, max_kld=aim)
         found = searched_plan(problem, dataclasses.replace(demand, goal=goal), request, options, shop, notes)
         if found.file is None:
             message = "a search with trials made no file"
             raise AssertionError(message)
         found.file.replace(artifact)
-        return found, inspector.judge(artifact, problem.evidence)
+        kv_type = demand.settings.kv_type
+        return found, inspector.judge(artifact, problem.evidence, kv_type=kv_type, part=part)
 
     aim = demand.goal.max_kld
-    found, quality = attempt(aim)
-    for _ in range(_ROUNDS - 1):
+    found, quality = attempt(aim, 0)
+    for part in range(1, _ROUNDS):
         if aim is None or (aim := _closer(aim, demand, quality, inspector)) is None:
             break
         try:
-            found, quality = attempt(aim)
+            found, quality = attempt(aim, part)
         except BudgetError:  # nothing is closer: what was found before misses the limit that the user set
             break
     inspector.refuse_missed(quality, None if found.plan.search is None else found.plan.search.predicted_kld)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from edgeq.converters.calibration.overlap import refuse_overlap
 from edgeq.converters.calibration.texts import TokenText, builtin_text, file_text
@@ -18,7 +19,7 @@ from edgeq.planner.problem import Problem
 from edgeq.planner.search_errors import infeasible_mix
 from edgeq.planner.search_items import limits_of
 from edgeq.planner.solver import Infeasible, Limits, solve
-from edgeq.planner.trials import run_trials
+from edgeq.planner.trials import run_trials, within
 from edgeq.search_record import Calibration, SearchRecord
 from edgeq.types import Budget, Prediction
 
@@ -92,8 +93,13 @@ class Searched:
     file: Path | None
 
 
-def solve_for(problem: Problem, demand: Demand) -> tuple[Solution, Limits, Objective]:
+def solve_for(problem: Problem, demand: Demand, *, measured: bool = False) -> tuple[Solution, Limits, Objective]:
     """The best mix by prediction, with the limits and the objective that it was found for.
+
+    Args:
+        problem: the model on its device.
+        demand: limits and settings.
+        measured: whether mixes will be measured, so that a limit of KL is not decided by its prediction.
 
     Raises:
         BudgetError: no mix meets the limits; the nearest feasible points are its details.
@@ -101,6 +107,8 @@ def solve_for(problem: Problem, demand: Demand) -> tuple[Solution, Limits, Objec
     limits = _limits(problem, demand)
     objective = demand.goal.objective(demand.asked)
     try:
+        if measured:
+            return within(problem.items, limits, objective, limits.kld), limits, objective
         return solve(problem.items, limits, objective), limits, objective
     except Infeasible as error:
         at_base = demand.predict(problem, problem.base)
@@ -132,7 +140,7 @@ def search(problem: Problem, demand: Demand, *, trials: int, shop: Workshop) -> 
         BudgetError: no mix meets the limits, by prediction or when measured.
         UsageError: the calibration text holds the one that mixes are compared on.
     """
-    solution, limits, objective = solve_for(problem, demand)
+    solution, limits, objective = solve_for(problem, demand, measured=trials > 0)
     record = SearchRecord(
         estimator="fisher" if problem.evidence.curvatures.estimator == "fisher" else "imatrix",
         objective=objective,
@@ -147,7 +155,14 @@ def search(problem: Problem, demand: Demand, *, trials: int, shop: Workshop) -> 
         text = selection_text(problem.evidence)
         refuse_overlap(problem.evidence.text, text)
         judged = run_trials(
-            problem, limits, objective, solution, text=text, max_kld=demand.goal.max_kld, trials=trials, shop=shop
+            problem,
+            limits,
+            objective,
+            solution,
+            text=text,
+            kv_type=demand.settings.kv_type,
+            trials=trials,
+            shop=shop,
         )
         solution, file = judged.best, judged.file
         record = msgspec.structs.replace(
@@ -183,18 +198,34 @@ def selection_text(evidence: Evidence) -> TokenText:
     )
 
 
-def held_out_text(reference: Path, path: Path | None, max_tokens: int) -> TokenText:
+def held_out_text(reference: Path, path: Path | None, max_tokens: int, part: int = 0) -> TokenText:
     """The text that the finished model is judged by.
 
     Args:
         reference: whose tokenizer cuts it.
         path: the user's; None for the text inside Python.
         max_tokens: of it.
+        part: how many pieces of that length to pass over, so that each judgement has a text of its own; a text that is
+            too short for it is read from its beginning.
     """
+    upto = max_tokens * (part + 1)
     if path is None:
-        return builtin_text(reference, chunk_tokens=_SELECTION_CHUNK, max_tokens=max_tokens, split="judge")
-    least = min(max_tokens, 2 * _SELECTION_CHUNK)
-    return file_text(reference, path, chunk_tokens=_SELECTION_CHUNK, max_tokens=max_tokens, min_tokens=least)
+        text = builtin_text(reference, chunk_tokens=_SELECTION_CHUNK, max_tokens=upto, split="judge")
+    else:
+        least = min(max_tokens, 2 * _SELECTION_CHUNK)
+        text = file_text(reference, path, chunk_tokens=_SELECTION_CHUNK, max_tokens=upto, min_tokens=least)
+    return _part(text, max_tokens, part)
+
+
+def _part(text: TokenText, max_tokens: int, part: int) -> TokenText:
+    """The chunks that begin in a part of a text, or those of the first part if there are too few."""
+    ends = np.cumsum([len(chunk) for chunk in text.chunks])
+    starts = ends - [len(chunk) for chunk in text.chunks]
+    chosen = starts >= max_tokens * part
+    if part and int((ends - starts)[chosen].sum()) < max_tokens // 2:
+        chosen = starts < max_tokens
+    chunks = tuple(chunk for chunk, here in zip(text.chunks, chosen.tolist(), strict=True) if here)
+    return dataclasses.replace(text, chunks=chunks, n_tokens=sum(map(len, chunks)))
 
 
 def front_of(

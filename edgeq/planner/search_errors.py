@@ -20,7 +20,7 @@ _LABELS: dict[Objective, str] = {
     "file_bytes": "file size",
     "memory_bytes": "peak memory",
     "ns": "time of a token",
-    "kld": "mean KL divergence",
+    "kld": "predicted mean KL divergence",
 }
 _OPTIONS: dict[Objective, str] = {"file_bytes": "--max-size", "memory_bytes": "--max-memory", "kld": "--max-kld"}
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

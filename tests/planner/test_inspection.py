@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from edgeq.planner import search as search_module
 from edgeq.planner.inspection import Inspector, QualityOptions, judged_plan
 from edgeq.planner.plan import Request
 from edgeq.planner.problem import Problem, SearchOptions
-from edgeq.planner.search import Demand, Goal
+from edgeq.planner.search import Demand, Goal, held_out_text
 from edgeq.quality import Interval, Quality
 from edgeq.types import Budget
 
@@ -116,6 +117,19 @@ def test_limits_are_judged_by_the_interval_and_named(tiny_problem: Problem, arti
     assert unmeasured == ["quality is limited and was not measured"]
 
 
+def test_each_judgement_has_a_text_of_its_own(tiny_problem: Problem, tmp_path: Path) -> None:
+    reference = tiny_problem.evidence.header.path
+    parts = [held_out_text(reference, None, 400, part) for part in range(3)]
+    assert all(300 < text.n_tokens == sum(map(len, text.chunks)) <= 400 for text in parts)
+    for one, other in itertools.combinations(parts, 2):
+        assert not {chunk.tobytes() for chunk in one.chunks} & {chunk.tobytes() for chunk in other.chunks}
+    # A file that is too short for a second part is read again.
+    path = tmp_path / "short.txt"
+    path.write_text("the robot moves its arm to the shelf and waits for the camera " * 20)
+    first, second = (held_out_text(reference, path, 400, part) for part in (0, 9))
+    assert [chunk.tolist() for chunk in first.chunks] == [chunk.tolist() for chunk in second.chunks]
+
+
 # Searching again
 
 
@@ -155,10 +169,12 @@ class _Judgements:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
         self.uppers: list[float] = []
+        self.parts: list[int] = []
         real = Inspector.judge
 
-        def judge(inspector: Inspector, artifact: Path, evidence: Any) -> Quality | None:
-            quality = real(inspector, artifact, evidence)
+        def judge(inspector: Inspector, artifact: Path, evidence: Any, *, kv_type: str, part: int) -> Quality | None:
+            quality = real(inspector, artifact, evidence, kv_type=kv_type, part=part)
+            self.parts.append(part)
             assert quality is not None
             mean = factor * quality.mean_kld
             self.uppers.append(1.05 * mean)
@@ -176,6 +192,7 @@ def test_a_limit_missed_on_the_held_out_text_is_searched_for_again(
     found, quality = _judged(tiny_problem, demand, shop, tmp_path / "model.gguf")
     assert 2 <= len(judgements.uppers) <= 3
     assert judgements.uppers[0] > 0.01 >= judgements.uppers[-1]
+    assert judgements.parts == list(range(len(judgements.uppers))), "each on a text of its own"
     assert quality is not None
     assert quality.mean_kld <= 0.01
     assert_types(tmp_path / "model.gguf", found.plan.tensor_types)

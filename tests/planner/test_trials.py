@@ -21,7 +21,7 @@ from edgeq.planner import trials as module
 from edgeq.planner.knapsack import Limits, Objective, Solution
 from edgeq.planner.problem import Problem
 from edgeq.planner.solver import solve
-from edgeq.planner.trials import Judged, run_trials
+from edgeq.planner.trials import Judged, run_trials, within
 from edgeq.profiles.cost import file_bytes
 
 
@@ -42,11 +42,19 @@ def _run(
     limits: Limits,
     objective: Objective = "kld",
     *,
-    max_kld: float | None = None,
     trials: int = 4,
 ) -> Judged:
-    first = solve(problem.items, limits, objective)
-    return run_trials(problem, limits, objective, first, text=_text(), max_kld=max_kld, trials=trials, shop=shop)
+    first = within(problem.items, limits, objective, limits.kld)
+    return run_trials(
+        problem,
+        limits,
+        objective,
+        first,
+        text=_text(),
+        kv_type="f16",
+        trials=trials,
+        shop=shop,
+    )
 
 
 def test_the_least_measured_kl_wins_and_its_file_is_what_was_measured(tiny_problem: Problem, shop: Workshop) -> None:
@@ -85,9 +93,9 @@ def test_one_trial_measures_the_optimum_only(tiny_problem: Problem, shop: Worksh
 
 
 def test_a_mix_is_never_measured_twice(tiny_problem: Problem, shop: Workshop) -> None:
-    """Without a limit there is one optimum, whatever the sensitivities are."""
-    found = _run(tiny_problem, shop, Limits())
-    assert len(found.trials) == 1
+    """Without a limit there is one optimum, whatever the sensitivities are, so only the next best is another mix."""
+    found = _run(tiny_problem, shop, Limits(), trials=5)
+    assert [trial.label for trial in found.trials] == ["predicted optimum", "predicted rank 2"]
     assert set(found.best.types.values()) == {"f16"}
 
 
@@ -111,7 +119,8 @@ class _FakeJudge:
     def __exit__(self, *_raised: object) -> None:
         pass
 
-    def compare(self, files: Sequence[Path]) -> list[Divergence]:
+    def compare(self, files: Sequence[Path], *, kv_type: str) -> list[Divergence]:
+        assert kv_type == "f16"
         self.most_files = max(self.most_files, len(list(self.folder.iterdir())))
         types = {name: tensor.type for name, tensor in read_header(files[0]).tensors.items()}
         predicted = sum(self.true.get(pair, 0.0) for pair in types.items())
@@ -150,8 +159,9 @@ def test_a_neighbour_that_measures_better_is_taken(
     assert found.trials[-1].chosen
     assert judge.most_files == 2, "the best so far and the one in work"
     assert list(shop.folder.iterdir()) == [found.file]
-    labels = [trial.label for trial in found.trials[1:]]
-    assert labels == sorted(labels, key=lambda label: int(label.split()[1]))
+    labels = [trial.label for trial in found.trials]
+    kinds = [label.rsplit(" ", 1)[0] for label in labels]
+    assert list(dict.fromkeys(kinds)) == ["predicted", "predicted rank", "neighbour"]
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.25, 3.0])
@@ -160,7 +170,7 @@ def test_a_limit_on_quality_is_met_closely_whatever_predictions_are_off_by(
 ) -> None:
     judge = fake(lambda predicted, _types: factor * predicted**0.95)
     limit = 0.02
-    found = _run(tiny_problem, shop, Limits(kld=limit), "file_bytes", max_kld=limit, trials=6)
+    found = _run(tiny_problem, shop, Limits(kld=limit), "file_bytes", trials=6)
     chosen = next(trial for trial in found.trials if trial.chosen)
     assert chosen.measured_kld <= limit
     assert chosen.file_bytes == min(t.file_bytes for t in found.trials if t.measured_kld <= limit)
@@ -175,7 +185,7 @@ def test_few_trials_still_move_towards_the_limit(
     tiny_problem: Problem, shop: Workshop, fake: Callable[..., _FakeJudge]
 ) -> None:
     fake(lambda predicted, _types: 2 * predicted)
-    found = _run(tiny_problem, shop, Limits(kld=0.02), "file_bytes", max_kld=0.02, trials=1)
+    found = _run(tiny_problem, shop, Limits(kld=0.02), "file_bytes", trials=1)
     assert 2 <= len(found.trials) <= 4
     assert next(t for t in found.trials if t.chosen).measured_kld <= 0.02
 
@@ -185,7 +195,7 @@ def test_a_limit_that_cannot_be_met_names_the_nearest(
 ) -> None:
     fake(lambda predicted, _types: predicted + 0.05)
     with pytest.raises(BudgetError, match=r"No mix within the limits has .* of 0\.02: the nearest has 0\.0\d") as error:
-        _run(tiny_problem, shop, Limits(kld=0.02), "file_bytes", max_kld=0.02, trials=5)
+        _run(tiny_problem, shop, Limits(kld=0.02), "file_bytes", trials=5)
     assert "Use --max-kld" in error.value.remedy
     assert list(shop.folder.iterdir()) == []
 
@@ -203,13 +213,40 @@ def test_with_bytes_limited_too_the_closest_of_the_neighbours_must_meet_the_limi
         return 2 * optimum.kld if len(calls) == 1 else predicted
 
     fake(measured)
-    found = _run(tiny_problem, shop, limits, max_kld=1.5 * optimum.kld, trials=6)
+    found = _run(tiny_problem, shop, limits, trials=6)
     assert not found.trials[0].chosen
     assert next(t for t in found.trials if t.chosen).measured_kld <= 1.5 * optimum.kld
-    assert all(trial.predicted_kld <= 1.5 * optimum.kld * (1 + 1e-9) for trial in found.trials)
     fake(lambda predicted, _types: 2 * predicted)
     with pytest.raises(BudgetError, match="the nearest has"):
-        _run(tiny_problem, shop, limits, max_kld=1.5 * optimum.kld, trials=3)
+        _run(tiny_problem, shop, limits, trials=3)
+
+
+@pytest.mark.parametrize("objective", ["file_bytes", "ns", "kld"])
+def test_a_limit_that_predictions_rule_out_is_measured_all_the_same(
+    objective: Objective, tiny_problem: Problem, shop: Workshop, fake: Callable[..., _FakeJudge]
+) -> None:
+    limits = _middle(tiny_problem)
+    least = solve(tiny_problem.items, limits, "kld").kld
+    fake(lambda predicted, _types: 0.5 * predicted)
+    found = _run(tiny_problem, shop, dataclasses.replace(limits, kld=0.6 * least), objective)
+    chosen = next(trial for trial in found.trials if trial.chosen)
+    assert chosen.predicted_kld > 0.6 * least >= chosen.measured_kld
+
+
+def test_the_closest_mix_is_tried_before_a_limit_is_said_to_be_impossible(
+    tiny_problem: Problem, shop: Workshop, fake: Callable[..., _FakeJudge]
+) -> None:
+    """Scaling the limit by one bad ratio asks for less than there is, but the mix with the least KL would do."""
+    limits = _middle(tiny_problem)
+    least = solve(tiny_problem.items, limits, "kld").kld
+    limit = 1.5 * least
+
+    def measured(predicted: float, _types: dict[str, str]) -> float:
+        return 2 * predicted if predicted > 1.2 * least else predicted
+
+    fake(measured)
+    found = _run(tiny_problem, shop, dataclasses.replace(limits, kld=limit), "file_bytes")
+    assert next(trial for trial in found.trials if trial.chosen).measured_kld <= limit
 
 
 def test_an_interrupt_is_passed_on(tiny_problem: Problem, shop: Workshop, fake: Callable[..., _FakeJudge]) -> None:

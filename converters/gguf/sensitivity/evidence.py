@@ -41,7 +41,7 @@ Floats = npt.NDArray[np.float32]
 CHUNK_TOKENS = 256
 _FEWEST_TOKENS = 2048
 _FLOOR = 1e-3  # of the mean importance: a column that calibration never saw may still be needed
-_VERSION = 3  # of everything that is cached here
+_VERSION = 4  # of everything that is cached here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,8 @@ def gather(
             was asked for cannot take.
         MissingPackageError: the estimator that was asked for needs torch.
     """
-    cache = DiskCache(cache_root() / "search" / fingerprint(_VERSION, shop.weights_key, versions()["llama.cpp"]))
+    model = fingerprint(_VERSION, shop.weights_key, _metadata_sha256(header), versions()["llama.cpp"])
+    cache = DiskCache(cache_root() / "search" / model)
     given, gaps = _given(header, list(menu), request)
     wanted, why = _choose_estimator(request, header, folder)
     text = _calibration(header, request, cache, shop)
@@ -164,6 +165,13 @@ def gather(
     return Evidence(header, text, curvatures, importance, source, errors, notes)
 
 
+def _metadata_sha256(header: GgufHeader) -> str:
+    """Of everything in the file before the weights: the same weights run otherwise with another RoPE or vocabulary."""
+    start = min(tensor.offset for tensor in header.tensors.values())
+    with header.path.open("rb") as file:
+        return hashlib.sha256(file.read(start)).hexdigest()
+
+
 def _uncompensated(curvatures: Curvatures) -> tuple[str, ...]:
     """What to say of matrices whose rounding errors stay, where those of others are made up for.
 
@@ -173,10 +181,8 @@ def _uncompensated(curvatures: Curvatures) -> tuple[str, ...]:
     without = [name for name, correlation in found.items() if correlation is None]
     if not without or (curvatures.estimator == "imatrix" and len(without) < len(found)):
         return ()
-    return (
-        f"rounding errors of {len(without)} of {len(found)} matrices are not made up for by later columns "
-        f"({without[0]} is the first)",
-    )
+    share = f"{len(without)} of {len(found)} matrices ({without[0]} is the first)"
+    return (f"rounding errors of {share} are not made up for by later columns",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_a_judge_is_used_again_and_again(tiny_gguf: Any) -> None:
     assert len(floor.kld) == sum(LENGTHS[:2])
     assert abs(floor.mean_kld) < 1e-4 < first.mean_kld
     assert [report[:2] for report in seen][-1] == (judge.n_positions, judge.n_positions) == (sum(LENGTHS),) * 2
+
+
+def test_the_candidates_cache_is_judged_too(tiny_hf: Callable[..., Path]) -> None:
+    """Heads of 32 values or more, which a quantized cache needs."""
+    reference = tiny_hf("llama-tied", width=256).with_suffix(".gguf")
+    chunks = [np.random.default_rng(i).integers(2, 320, 60).astype(np.int32) for i in range(3)]
+    with Judge(reference, chunks, threads=1) as judge:
+        found = {kind: judge.compare([reference], kv_type=kind)[0].mean_kld for kind in ("f16", "q8_0", "q4_0")}
+    assert found["f16"] == pytest.approx(0, abs=1e-7)
+    assert found["q4_0"] > 4 * found["q8_0"] > 0
 
 
 def test_an_interrupted_judge_can_go_on(tiny_gguf: Any) -> None:

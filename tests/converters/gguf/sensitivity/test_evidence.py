@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeq.converters.gguf.export import export_gguf
 from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.gguf.imatrix import Activations, ImportanceMatrix, write_imatrix
 from edgeq.converters.gguf.sensitivity import evidence as module
@@ -184,6 +187,23 @@ def test_the_second_time_nothing_is_measured_and_the_numbers_are_the_same(
         bench.stages.take()
         bench.gather(other, key=key)
         assert bench.stages.take()[0] == "write calibration text"
+
+
+@pytest.mark.parametrize("change", ["rms_norm_eps", "chat_template"])
+def test_the_same_weights_in_another_model_are_measured_again(change: str, bench: Bench, tmp_path: Path) -> None:
+    """What RoPE, norms, vocabulary and template do is in the file's metadata, not in its weights."""
+    bench.gather(PLAIN)
+    folder = shutil.copytree(bench.folder, tmp_path / bench.folder.name)
+    if change == "rms_norm_eps":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, change: 0.1}))
+    else:
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    export_gguf(folder, folder.with_suffix(".gguf"), float_type="f16")
+    bench.folder = folder
+    bench.stages.take()
+    bench.gather(PLAIN)
+    assert bench.stages.take() == ["write calibration text", "collect imatrix", "probe", "price types"]
 
 
 def _damage(file: Path) -> None:
