@@ -41,7 +41,7 @@ Floats = npt.NDArray[np.float32]
 CHUNK_TOKENS = 256
 _FEWEST_TOKENS = 2048
 _FLOOR = 1e-3  # of the mean importance: a column that calibration never saw may still be needed
-_VERSION = 4  # of everything that is cached here
+_VERSION = 5  # of everything that is cached here
 
 
 @dataclasses.dataclass(frozen=True)

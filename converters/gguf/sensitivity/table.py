@@ -27,9 +27,10 @@ __all__ = ["weight_errors"]
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
 
-# Weights of a tensor that are really quantized to price a type; of larger tensors some rows stand for the others.
-_PRICED_WEIGHTS = 1 << 22
-# Types whose search over codebooks takes 10 to 40 times as long as a K-quant's get by with fewer.
+# Weights of a tensor that are really quantized to price a type, at least; of larger tensors some rows stand for the
+# others.
+_PRICED_WEIGHTS, _PRICED_SHARE, _PRICED_ROWS = 1 << 18, 8, 16
+# Types whose search over codebooks takes several times as long as a K-quant's get by with fewer.
 _SLOW = frozenset({"iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m"})
 _PRICED_WEIGHTS_SLOW = 1 << 17
 
@@ -113,7 +114,8 @@ def _price(
     for kind in types:
         if stop.is_set():
             return prices
-        prices[kind] = _price_type(matrix, kind, _PRICED_WEIGHTS_SLOW if kind in _SLOW else _PRICED_WEIGHTS)
+        usual = max(_PRICED_WEIGHTS, matrix.n_weights // _PRICED_SHARE)
+        prices[kind] = _price_type(matrix, kind, _PRICED_WEIGHTS_SLOW if kind in _SLOW else usual)
     return prices
 
 
@@ -125,7 +127,7 @@ def _price_type(matrix: Matrix, kind: str, priced_weights: int) -> float:
             curvature.weight_kld(matrix.errors(weights, kind), start, matrix.column_matrix)
             for start, weights in matrix.parts()
         )
-    n_rows = max(2, priced_weights // matrix.n_columns)
+    n_rows = max(_PRICED_ROWS, priced_weights // matrix.n_columns)
     order = np.argsort(-curvature.rows, kind="stable")
     top, rest = order[: n_rows // 2], order[n_rows // 2 :]
     sample = rest[:: max(1, 2 * len(rest) // n_rows)]
