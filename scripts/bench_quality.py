@@ -3,8 +3,9 @@
 
 Every contender gets the same column weights (importance). The two main presets are also made with the mean squared
 activations that llama-imatrix collects, and the better of the two sets the limits of KL. Presets are written by
-llama.cpp's own quantizer, mixes and controls by edgeq. Nothing else should run meanwhile: the speeds are interleaved
-token by token, but not immune.
+llama.cpp's own quantizer, mixes and controls by edgeq. Mixes are chosen among their trials, and limits of KL are set,
+on another text than the one that all are judged by. Nothing else should run meanwhile: the speeds are interleaved token
+by token, but not immune.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from edgeq.planner.decide import demand_of, export_reference
 from edgeq.planner.knapsack import Item
 from edgeq.planner.plan import Request
 from edgeq.planner.problem import Problem, SearchOptions, pose
-from edgeq.planner.search import Goal, held_out_text, search
+from edgeq.planner.search import Goal, held_out_text, search, selection_text
 from edgeq.profiles.cost import file_bytes
 from edgeq.profiles.loader import load_profile
 from edgeq.types import Budget
@@ -51,6 +52,7 @@ from scripts.quality_controls import greedy_by_size, mse_only, random_mixes
 
 _CONTROL_TOKENS, _SINGLE_TOKENS = 2048, 1024
 _SPEED_TOKENS = 96
+_ROOM = 0.98
 _MAIN = ("q4_k_m", "iq4_xs")
 
 
@@ -91,13 +93,14 @@ def main() -> int:
     args = _arguments()
     clock: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="edgeq-quality-") as folder:
-        lab = _timed(clock, "evidence", lambda: _prepare(args, Path(folder)))
+        phases: dict[str, float] = {}
+        lab = _timed(clock, "evidence", lambda: _prepare(args, Path(folder), phases))
         presets = _timed(clock, "presets", lambda: _presets(lab, args.presets))
         sizes = {c.label: c.path.stat().st_size for c in presets}
         budgets: dict[str, float] = {}
-        mixes = _timed(clock, "mixes", lambda: _mixes(lab, presets, args.tokens, budgets))
+        mixes = _timed(clock, "mixes", lambda: _mixes(lab, presets, budgets))
         contenders = [*presets, *mixes]
-        result: dict[str, Any] = {"clock_s": clock, "further_budget_s": budgets}
+        result: dict[str, Any] = {"clock_s": clock, "phases_s": phases, "further_budget_s": budgets}
         result["contenders"] = _timed(clock, "judge", lambda: _judge(lab, contenders, args.tokens))
         _print_contenders(result["contenders"])
         if not args.no_speed:
@@ -108,6 +111,7 @@ def main() -> int:
             result["single_changes"] = _timed(clock, "single changes", lambda: _single_changes(lab, args.seed))
         result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"\npeak RSS {result['peak_rss_mib']} MiB; " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.items()))
+    print("evidence: " + ", ".join(f"{k} {v:.1f} s" for k, v in phases.items()))
     print("a further budget, solved: " + ", ".join(f"{k} {v:.2f} s" for k, v in budgets.items()))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -138,13 +142,14 @@ def _timed(clock: dict[str, float], name: str, call: Callable[[], Any]) -> Any: 
     return value
 
 
-def _prepare(args: argparse.Namespace, folder: Path) -> Lab:
+def _prepare(args: argparse.Namespace, folder: Path, phases: dict[str, float]) -> Lab:
+    """Everything before a budget matters; ``phases`` gets the seconds of each part that was not in the cache."""
     source = resolve(args.model)
-    stages: dict[str, float] = {}
+    started = {"other": time.monotonic()}
 
     def progress(stage: str, _done: int, _total: int, _detail: str) -> None:
-        if stage not in stages:
-            stages[stage] = time.monotonic()
+        if stage not in started:
+            started[stage] = time.monotonic()
             print(f"  {stage}", file=sys.stderr, flush=True)
 
     reference = Path(source.path)
@@ -156,6 +161,8 @@ def _prepare(args: argparse.Namespace, folder: Path) -> Lab:
     options = SearchOptions(evidence=evidence)
     hf_folder = Path(source.path) if source.format == "hf" else None
     problem = pose(reference, hf_folder, load_profile(args.target), (), options, shop)
+    ends = [*list(started.values())[1:], time.monotonic()]
+    phases.update({stage: end - begin for (stage, begin), end in zip(started.items(), ends, strict=True)})
     return Lab(reference, problem, shop, args.trials)
 
 
@@ -178,7 +185,7 @@ def _preset(lab: Lab, label: str, name: str, matrix: ImportanceMatrix) -> Conten
     return Contender(label, out, None)
 
 
-def _mixes(lab: Lab, presets: Sequence[Contender], tokens: int, budgets: dict[str, float]) -> list[Contender]:
+def _mixes(lab: Lab, presets: Sequence[Contender], budgets: dict[str, float]) -> list[Contender]:
     """At the bytes of two presets, and with the KL of q4_k_m in the least bytes and in the least time."""
     by_name = {c.label: c for c in presets}
     goals = {
@@ -187,13 +194,12 @@ def _mixes(lab: Lab, presets: Sequence[Contender], tokens: int, budgets: dict[st
         if name in by_name
     }
     if "q4_k_m" in by_name:
-        text = held_out_text(lab.reference, None, tokens)
-        with Judge(lab.reference, text.chunks) as judge:
+        # On the text of the trials, with some room for the difference between that and the one that all are judged by.
+        with Judge(lab.reference, selection_text(lab.evidence).chunks) as judge:
             rivals = [c.path for c in presets if c.label.startswith("q4_k_m")]
-            limit = min(d.mean_kld for d in judge.compare(rivals))
-        # A little less, since mixes are fitted on the selection text and judged on this one.
-        goals["least bytes at q4_k_m's KL"] = Goal(max_kld=0.96 * limit, minimize="file_bytes")
-        goals["least time at q4_k_m's KL"] = Goal(max_kld=0.96 * limit, minimize="ns")
+            limit = _ROOM * min(d.mean_kld for d in judge.compare(rivals))
+        goals["least bytes at q4_k_m's KL"] = Goal(max_kld=limit, minimize="file_bytes")
+        goals["least time at q4_k_m's KL"] = Goal(max_kld=limit, minimize="ns")
     made = []
     for label, goal in goals.items():
         demand = demand_of(lab.reference, lab.problem.pricing.profile, Budget(), Budget(), Request(), goal)
@@ -264,8 +270,8 @@ def _speeds(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
             contexts[index].decode_one(token, 2 * position + 1)
             if position >= 8:
                 times[index].append(time.perf_counter() - began)
-    for model in models:
-        model.close()
+    for handle in (*contexts, *models):
+        handle.close()
     return [
         {
             "label": contender.label,

@@ -9,6 +9,7 @@ is the finding of Z. Liu et al., "LLM-QAT: Data-Free Quantization Aware Training
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -48,14 +49,15 @@ def self_text(
 ) -> TokenText:
     """Let a model write its own calibration text.
 
-    The same file, seed and llama.cpp give the same tokens on the same machine, with any number of threads.
+    The same file, seed and llama.cpp give the same tokens on the same machine, with any number of threads; chunks of
+    512 tokens or more excepted, where ggml splits the attention of a lone sequence among its threads.
 
     Args:
         model_gguf: best the unquantized model.
         n_tokens: in all; the text has as many or, if its last documents are too short to keep, a few less.
         chunk_tokens: the most tokens of one document, which is one chunk.
         seed: of the sampling.
-        threads: None for the machine's physical cores.
+        threads: this many compute at most; None for the machine's physical cores.
         progress: told tokens written, tokens wanted, and what is going on.
 
     Raises:
@@ -80,7 +82,8 @@ def self_text(
                     model,
                     n_sequences=sequences,
                     sequence_tokens=chunk_tokens,
-                    threads=max(1, threads // _GROUPS),
+                    # The first groups take what does not divide; a single thread writes group after group.
+                    threads=max(1, (threads + _GROUPS - 1 - group) // _GROUPS),
                 )
             )
             writers.append(_Writer(context, openings, per_group, np.random.default_rng((seed, group))))
@@ -93,9 +96,17 @@ def self_text(
             for writer in writers:
                 writer.context.interrupt()
 
-        run_workers([writer.run for writer in writers], stop=stop, poll=report)
+        n_workers = min(threads, _GROUPS)
+        jobs = [functools.partial(_run_all, writers[worker::n_workers]) for worker in range(n_workers)]
+        run_workers(jobs, stop=stop, poll=report)
         documents = [document for writer in writers for document in writer.documents()]
     return _as_text(documents, n_tokens, model_gguf.name, seed, warnings)
+
+
+def _run_all(writers: Sequence[_Writer]) -> None:
+    """Let one write after the other; an interrupted context stays so, which ends those that have not begun."""
+    for writer in writers:
+        writer.run()
 
 
 def _as_text(

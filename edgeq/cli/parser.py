@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "build_parser", "command_module"]
 COMMANDS: dict[str, str] = {
     "convert": "turn a model into a bundle that fits a device",
     "plan": "show what convert would decide, and write nothing",
+    "imatrix": "collect an importance matrix for quantizers",
     "bench": "measure a bundle on this machine against its budget",
     "report": "show the latest measurement of a bundle again",
     "run": "generate text with a bundle",

@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_nothing(smollm2_hf: Path, small_disk: Callable[[int]
 def test_sigterm_cleans_up(smollm2_hf: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "edgeq.cli", "convert", str(smollm2_hf), "--target", "laptop-cpu", "-o", "out"]
     child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ)
-    while not list(tmp_path.glob(f"{PREFIX}*/reference.gguf")):
+    while not list(tmp_path.glob(f"{PREFIX}*/reference/{smollm2_hf.name}")):
         assert child.poll() is None
     child.terminate()
     _, errors = child.communicate(timeout=60)
@@ -211,7 +211,7 @@ def test_sigterm_cleans_up(smollm2_hf: Path, tmp_path: Path) -> None:
 
 def test_completion_help_and_no_command(cli: RunCli) -> None:
     assert "edgeq" in cli("completion", "bash").stdout
-    for command in ("convert", "plan", "bench", "report", "run", "inspect", "verify", "completion"):
+    for command in ("convert", "plan", "imatrix", "bench", "report", "run", "inspect", "verify", "completion"):
         done = cli(command, "--help")
         assert done.returncode == 0, done.stderr
         assert "examples:" in done.stdout

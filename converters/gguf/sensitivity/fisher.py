@@ -30,16 +30,22 @@ __all__ = ["fisher_curvatures", "fisher_memory_bytes"]
 Progress = Callable[[int, int, str], None]
 Doubles = npt.NDArray[np.float64]
 
+_LOGITS = 5  # arrays of that size at once, probabilities and gradients among them; 4.1 were measured
+_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc")  # in torch's errors, which have no class of their own
 
-def fisher_memory_bytes(shapes: Sequence[Sequence[int]]) -> int:
-    """What `fisher_curvatures` takes at most, about: weights, gradients, correlations in float32, and activations.
+
+def fisher_memory_bytes(shapes: Sequence[Sequence[int]], *, chunk_tokens: int = 256) -> int:
+    """What `fisher_curvatures` takes at most, about: weights, gradients, correlations and logits in float32, and more.
 
     Args:
         shapes: of all tensors, row length first.
+        chunk_tokens: in the longest text.
     """
     n_params = sum(math.prod(shape) for shape in shapes)
     # Matrices that share an input are counted one by one.
-    return 9 * n_params + correlation_bytes(shape[0] for shape in shapes if len(shape) > 1) + (1 << 30)
+    correlations = correlation_bytes(shape[0] for shape in shapes if len(shape) > 1)
+    n_vocab = max((shape[1] for shape in shapes if len(shape) == 2), default=0)  # the embedding's rows are the most
+    return 9 * n_params + correlations + _LOGITS * 4 * chunk_tokens * n_vocab + (1 << 30)
 
 
 @dataclasses.dataclass
@@ -83,9 +89,26 @@ def fisher_curvatures(
 
     Raises:
         MissingPackageError: no torch or transformers.
-        UnsupportedModelError: transformers names this model's tensors otherwise than its checkpoint does, or its
-            gradients overflow.
+        UnsupportedModelError: transformers names this model's tensors otherwise than its checkpoint does, its
+            gradients overflow, or there is too little memory.
     """
+    try:
+        return _measured(folder, chunks, seed, threads, progress)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # Not chained: the traceback would keep the model and its gradients, and whoever catches this needs the memory.
+    raise UnsupportedModelError("there is too little memory for gradients", "Use --estimator imatrix, which takes less")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's and numpy's way of saying it, or torch's."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+def _measured(
+    folder: Path, chunks: Sequence[npt.NDArray[np.int32]], seed: int, threads: int, progress: Progress
+) -> dict[str, Curvature]:
     torch: Any = require_package("torch", "fisher", "for the estimator fisher")
     with _threads(torch, threads):
         model = _load(torch, folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,34 @@ def _write(model: Path, *, seed: int = 0, threads: int = 1, n_tokens: int = 600)
 
 def test_seed_and_file_decide_and_threads_do_not(tiny_gguf: Any) -> None:
     model = tiny_gguf(chat_template=TINY_CHAT)
-    first, again, other = _write(model), _write(model, threads=4), _write(model, seed=1)
-    assert _tokens(first) == _tokens(again)
-    assert first.text_sha256 == again.text_sha256 != other.text_sha256
+    first, other = _write(model), _write(model, seed=1)
+    for threads in (2, 3, 4):
+        again = _write(model, threads=threads)
+        assert _tokens(first) == _tokens(again)
+        assert first.text_sha256 == again.text_sha256 != other.text_sha256
     assert _tokens(first) != _tokens(other)
     data = b"".join(chunk.astype("<i4").tobytes() for chunk in first.chunks)
     assert first.text_sha256 == hashlib.sha256(data).hexdigest()
     assert (first.source, first.seed, first.warnings) == ("self", 0, ())
+
+
+@pytest.mark.parametrize(("threads", "shares"), [(1, [[1, 1]]), (2, [[1], [1]]), (3, [[2], [1]]), (4, [[2], [2]])])
+def test_no_more_threads_compute_than_were_asked_for(
+    threads: int, shares: list[list[int]], tiny_gguf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Python's thread that ran it, the threads of each context: those of one thread take turns."""
+    seen: dict[int, list[int]] = {}
+    run = generate._Writer.run
+
+    def spy(writer: generate._Writer) -> None:
+        seen.setdefault(threading.get_ident(), []).append(writer.context.threads)
+        barrier.wait()  # a thread that ended would give its number to the next one
+        run(writer)
+
+    barrier = threading.Barrier(len(shares))
+    monkeypatch.setattr(generate._Writer, "run", spy)
+    _write(tiny_gguf(), threads=threads)
+    assert sorted(seen.values(), reverse=True) == shares
 
 
 def test_sizes_are_kept(tiny_gguf: Any) -> None:

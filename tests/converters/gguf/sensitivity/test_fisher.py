@@ -18,7 +18,7 @@ from edgeq.converters.gguf.assemble import read_tensor
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.sensitivity import fisher
 from edgeq.converters.gguf.sensitivity.curvature import Curvature
-from edgeq.converters.gguf.sensitivity.fisher import fisher_curvatures
+from edgeq.converters.gguf.sensitivity.fisher import fisher_curvatures, fisher_memory_bytes
 from edgeq.errors import UnsupportedModelError
 from edgeq.ggml_blocks import dequantize
 
@@ -318,3 +318,44 @@ def test_figures_without_limits_are_refused(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=match):
         _fisher(folder, [np.array([7, 8, 9], np.int32)])
+
+
+def _too_large_for_torch(*_args: Any, **_options: Any) -> None:
+    torch.empty(1 << 50)
+
+
+def _too_large_for_numpy(*_args: Any, **_options: Any) -> None:
+    np.zeros(1 << 60, np.uint8)
+
+
+@pytest.mark.parametrize("fail", [_too_large_for_torch, _too_large_for_numpy])
+@pytest.mark.parametrize("where", ["_load", "_one_sequence", "_curvature"])
+def test_too_little_memory_names_the_other_estimator_and_keeps_nothing(
+    where: str, fail: Callable[..., None], tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, where, fail)
+    before = torch.get_num_threads()
+    with pytest.raises(UnsupportedModelError, match=r"too little memory for gradients.*estimator imatrix") as error:
+        _fisher(tiny_hf("llama-tied"), _chunks(5))
+    assert error.value.__context__ is None, "a traceback would keep the model in memory"
+    assert torch.get_num_threads() == before
+
+
+def test_other_errors_of_torch_stay_what_they_are(
+    tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, "_one_sequence", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        _fisher(tiny_hf("llama-tied"), _chunks(5))
+
+
+def test_memory_is_counted_with_the_vocabulary() -> None:
+    matrices = [(64, 64)] * 8
+    small, large = ([(64, n_vocab), *matrices, (64,)] for n_vocab in (1000, 262_144))
+    logits = 256 * (262_144 - 1000) * 4
+    weights = 2 * 64 * (262_144 - 1000) * 4
+    more = fisher_memory_bytes(large) - fisher_memory_bytes(small)
+    # Of a model of that width and vocabulary, 4.1 arrays as large as the logits were seen at the peak.
+    assert 4.1 * logits + weights < more < 6 * logits + weights
+    assert fisher_memory_bytes(large, chunk_tokens=512) - fisher_memory_bytes(large) == 5 * 256 * 262_144 * 4
+    assert fisher_memory_bytes([(64,)]) >= 1 << 30
