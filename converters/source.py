@@ -47,7 +47,8 @@ def resolve(
     Raises:
         UsageError: a revision of something that is not on the hub.
         SourceError: nothing of that name, no permission, no network, or files that are truncated or wrong.
-        UnsupportedModelError: a quantized or split GGUF, pickles, or a checkpoint that edgeq does not read.
+        UnsupportedModelError: a quantized or split GGUF, one without a vocabulary, pickles, or a checkpoint that edgeq
+            does not read.
         MissingPackageError: the extra ``convert`` is not installed.
     """
     path = _on_this_disk(ref)
@@ -241,6 +242,11 @@ def _refuse_unusable(header: GgufHeader) -> None:
     if kind != "model" or not header.tensors:
         what = "tensors" if kind == "model" else f"model, but a GGUF of type {kind!r}"
         raise UnsupportedModelError(f"{header.path} holds no {what}", "Give the GGUF of the model itself")
+    if header.metadata.get("tokenizer.ggml.model") == "no_vocab":
+        raise UnsupportedModelError(
+            f"{header.path.name} holds no vocabulary, so it can neither read nor write text",
+            "Use a GGUF with the model's tokenizer",
+        )
     quantized = Counter({t: n for t, n in _weights_by_type(header).items() if t not in TYPES or not TYPES[t].is_float})
     if quantized:
         kinds = ", ".join(kind for kind, _ in quantized.most_common())

@@ -104,11 +104,13 @@ def format_bytes(value: float) -> str:
 
 
 def format_ms(value: float) -> str:
-    """Milliseconds with the digits that matter: ``8.31 ms``, ``412 ms``, ``12.4 s``."""
+    """Milliseconds with the digits that matter: ``8.31 ms``, ``412 ms``, ``12.4 s``, ``0.0001 ms``."""
     if value >= 10_000:
         return f"{value / 1000:.1f} s"
     if value >= 100:
         return f"{value:.0f} ms"
+    if 0 < value < 0.1:
+        return f"{value:.2g} ms"
     return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms"
 
 
@@ -118,4 +120,4 @@ def format_quantity(value: float, unit: str) -> str:
         return format_bytes(value)
     if unit == "ms":
         return format_ms(value)
-    return f"{value:.1f} {unit}"
+    return f"{value:.2g} {unit}" if 0 < value < 1 else f"{value:.1f} {unit}"

@@ -195,7 +195,7 @@ def _mixes(lab: Lab, presets: Sequence[Contender], budgets: dict[str, float]) ->
     }
     if "q4_k_m" in by_name:
         # On the text of the trials, with some room for the difference between that and the one that all are judged by.
-        with Judge(lab.reference, selection_text(lab.evidence).chunks) as judge:
+        with Judge(lab.reference, selection_text(lab.reference).chunks) as judge:
             rivals = [c.path for c in presets if c.label.startswith("q4_k_m")]
             limit = _ROOM * min(d.mean_kld for d in judge.compare(rivals))
         goals["least bytes at q4_k_m's KL"] = Goal(max_kld=limit, minimize="file_bytes")

@@ -21,12 +21,25 @@ import numpy.typing as npt
 from edgeq.errors import UsageError
 from edgeq.llama import Model
 
-__all__ = ["Chunk", "Source", "Split", "TokenText", "builtin_text", "file_text"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "Chunk",
+    "Source",
+    "Split",
+    "TokenText",
+    "builtin_text",
+    "calibration_text",
+    "check_text_file",
+    "file_text",
+]
 
 Chunk = npt.NDArray[np.int32]
 Source = Literal["self", "file", "builtin"]
 Split = Literal["select", "judge"]
 
+CHUNK_TOKENS, _FEWEST_TO_CALIBRATE = 256, 2048  # of calibration
+
+_GLANCE_BYTES = 1 << 15
 _MOST_BYTES_PER_TOKEN = 32  # of a file no more is read than a text of such long tokens needs
 _FEWEST_BYTES_PER_TOKEN = 1.5
 _MOST_FRAGMENTS = 0.25
@@ -48,6 +61,7 @@ class TokenText:
         seed: of what was drawn at random; None if nothing was.
         n_tokens: in all chunks.
         warnings: what makes the text less than good, one line each.
+        split: the half of the built-in text; None for all else.
     """
 
     chunks: tuple[Chunk, ...]
@@ -57,6 +71,22 @@ class TokenText:
     seed: int | None
     n_tokens: int
     warnings: tuple[str, ...] = ()
+    split: Split | None = None
+
+
+def check_text_file(path: Path) -> None:
+    """Find out before any work whether a file begins like a text.
+
+    Raises:
+        UsageError: it cannot be read, is no regular file, or does not begin with UTF-8.
+    """
+    _read(path, _GLANCE_BYTES)
+
+
+def calibration_text(model_gguf: Path, path: Path, *, max_tokens: int) -> TokenText:
+    """A text file to calibrate on; arguments and errors as for `file_text`."""
+    least = min(_FEWEST_TO_CALIBRATE, max_tokens)
+    return file_text(model_gguf, path, chunk_tokens=CHUNK_TOKENS, max_tokens=max_tokens, min_tokens=least)
 
 
 def file_text(model_gguf: Path, path: Path, *, chunk_tokens: int, max_tokens: int, min_tokens: int) -> TokenText:
@@ -70,7 +100,7 @@ def file_text(model_gguf: Path, path: Path, *, chunk_tokens: int, max_tokens: in
         min_tokens: the fewest that will do.
 
     Raises:
-        UsageError: the file cannot be read, is not UTF-8, or is too short.
+        UsageError: the file cannot be read, is no regular file, is not UTF-8 or holds zero bytes, or is too short.
         SessionError: the model's tokenizer cannot be loaded.
     """
     text = _read(path, max_tokens * _MOST_BYTES_PER_TOKEN)
@@ -145,15 +175,23 @@ def builtin_text(
         name=_builtin_name(split),
         seed=seed,
         n_tokens=n_tokens,
+        split=split,
     )
 
 
 def _read(path: Path, limit: int) -> str:
+    remedy = "Give the path of a text file"
     try:
+        # A device has no end, and a pipe gives what it has only once.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UsageError(f"{path} is no regular file", remedy)
         with path.open("rb") as file:
             data = file.read(limit + 1)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "Give the path of a text file") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be read: {reason}", remedy) from error
+    if (zero := data.find(0)) >= 0:
+        raise UsageError(f"{path} is no text (byte {zero} is 0x00)", "Give a text in UTF-8")
     whole = len(data) <= limit
     try:
         return data.decode("utf-8-sig")

@@ -82,8 +82,15 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {path} cannot be read: {error}", "Check the path") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise _no_recipe(
+                path, f"byte {error.start} is 0x{error.object[error.start]:02x}, so it is not UTF-8"
+            ) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"The recipe {path} cannot be read: {reason}", "Check the path") from error
+    if "\0" in text:
+        raise _no_recipe(path, f"byte {text.encode().index(0)} is 0x00")
     try:
         recipe = msgspec.convert(load_yaml(text, f"The recipe {path}"), Recipe)
     except msgspec.ValidationError as error:
@@ -93,6 +100,10 @@ def read_recipe(path: Path) -> Recipe:
     if recipe.version != 1:
         raise UsageError(f"The recipe {path} has version {recipe.version}", "This edgeq reads version 1")
     return msgspec.structs.replace(recipe, overrides=tuple(_checked(o) for o in recipe.overrides))
+
+
+def _no_recipe(path: Path, why: str) -> UsageError:
+    return UsageError(f"{path} is no recipe: {why}", "Give a YAML file with the keys version, base and overrides")
 
 
 def recipe_yaml(types: Mapping[str, str], base: str | None) -> str:

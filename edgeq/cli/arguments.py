@@ -47,9 +47,15 @@ def whole_number(text: str) -> int:
 
 
 def read_file(text: str) -> Path:
-    """A file that is there and can be read, for argparse: found out before hours of work that need it at their end."""
+    """A file that is there and can be read, for argparse: found out before hours of work that need it at their end.
+
+    Devices and pipes, which have no end or can be read but once, are refused.
+    """
     path = Path(text)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            message = f"{text!r} is no regular file"
+            raise argparse.ArgumentTypeError(message)
         with path.open("rb"):
             return path
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgeq.errors import ConversionError, OutputExistsError, UsageError
 
-__all__ = ["add_export_arguments", "check_export", "check_output", "export_types", "write_output"]
+__all__ = ["add_export_arguments", "check_export", "check_output", "export_types", "refuse_same", "write_output"]
 
 _FORMATS = ("recipe", "llama.cpp")
 
@@ -76,6 +76,26 @@ def check_output(path: Path, *, force: bool) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:
         raise _not_writable(path, error) from error
+
+
+def refuse_same(*outputs: tuple[str, Path | None]) -> None:
+    """Refuse that two options name one file, of which only the later one would be left.
+
+    Args:
+        outputs: each option with its file, or None where it names none.
+
+    Raises:
+        UsageError: two are the same.
+    """
+    taken: dict[Path, str] = {}
+    for option, path in outputs:
+        if path is None:
+            continue
+        # A link itself would be replaced, so only what leads to it is followed.
+        place = Path(os.path.realpath(path.parent)) / path.name
+        if place in taken:
+            raise UsageError(f"{taken[place]} and {option} both name {path}", "Give each a file of its own")
+        taken[place] = option
 
 
 def write_output(path: Path, data: bytes, *, force: bool) -> None:

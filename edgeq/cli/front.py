@@ -14,7 +14,7 @@ from edgeq.units import format_bytes, format_ms
 if TYPE_CHECKING:
     from edgeq.planner.front import Front, FrontPoint
 
-__all__ = ["CAPTION", "Scale", "front_text", "short_name", "shown", "size_unit"]
+__all__ = ["CAPTION", "Scale", "chosen_name", "front_text", "short_name", "shown", "size_unit"]
 
 CAPTION = "Predicted, not measured. A preset's point is the preset's types, rounded by edgeq."
 _ROWS = 20
@@ -84,7 +84,7 @@ def _round_steps(span: float) -> Iterator[float]:
 
 
 def shown(points: Iterable[FrontPoint]) -> list[FrontPoint]:
-    """Those that a logarithmic axis can show."""
+    """Those that have a place on a logarithmic axis."""
     return [point for point in points if point.predicted_kld > 0]
 
 
@@ -92,6 +92,15 @@ def short_name(point: FrontPoint) -> str:
     """The presets of a point; only the first where they are many, because rows leave few types to choose from."""
     more = len(point.labels) - _NAMES
     return ", ".join(point.labels[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def chosen_name(point: FrontPoint) -> str:
+    """What stands at the plan's point; one without loss stands at the foot, since log 0 is nowhere."""
+    return "chosen" if point.predicted_kld > 0 else "chosen (KL 0)"
+
+
+def _chosen_row(point: FrontPoint) -> str:
+    return f"chosen ({short_name(point)})" if point.labels else "chosen"
 
 
 def size_unit(largest_bytes: float) -> tuple[str, int]:
@@ -105,14 +114,21 @@ def front_text(front: Front, *, colour: bool) -> str:
     lines = [
         *_picture(front, glyphs, colour=colour),
         "",
-        f"{glyphs.mix} best mix of its size on this device  {glyphs.chosen} chosen  {glyphs.preset} llama.cpp's preset",
+        _legend(front, glyphs),
         CAPTION,
         "",
         *_table(front),
     ]
+    if not front.mixes:
+        lines.append("no mix keeps the device's budget by the times of this picture")
     if front.left_out:
         lines.append(f"left out: {', '.join(front.left_out)}, whose types were not priced")
     return "\n".join(lines) + "\n"
+
+
+def _legend(front: Front, glyphs: _Glyphs) -> str:
+    mix, chosen = "best mix of its size on this device", chosen_name(front.chosen)
+    return f"{glyphs.mix} {mix}  {glyphs.chosen} {chosen}  {glyphs.preset} llama.cpp's preset"
 
 
 def _takes(encoding: str | None) -> bool:
@@ -125,7 +141,7 @@ def _takes(encoding: str | None) -> bool:
 
 def _table(front: Front) -> list[str]:
     points = sorted(
-        [*((point, ", ".join(point.labels)) for point in front.presets), (front.chosen, "chosen")],
+        [*((point, ", ".join(point.labels)) for point in front.presets), (front.chosen, _chosen_row(front.chosen))],
         key=lambda entry: (entry[0].predicted.file_bytes, -entry[0].predicted_kld),
     )
     rows = [
@@ -167,28 +183,28 @@ class _Canvas:
 
 
 def _picture(front: Front, glyphs: _Glyphs, *, colour: bool) -> list[str]:
-    mixes, presets, chosen = shown(front.mixes), shown(front.presets), shown([front.chosen])
-    points = [*mixes, *presets, *chosen]
-    if not points:
+    mixes, presets, chosen = shown(front.mixes), shown(front.presets), front.chosen
+    on_scale = [*mixes, *presets, *shown([chosen])]
+    points = [*mixes, *presets, chosen]
+    if not on_scale:
         return ["(nothing to draw: every point is the unquantized model)"]
     unit, unit_bytes = size_unit(max(point.predicted.file_bytes for point in points))
     x = Scale.around(point.predicted.file_bytes / unit_bytes for point in points)
-    y = Scale.around((point.predicted_kld for point in points), log=True)
+    y = Scale.around((point.predicted_kld for point in on_scale), log=True)
     y_ticks = {round((1 - y.at(v)) * (_ROWS - 1)): f"{v:g}" for v in y.ticks(_ROWS // 3)}
     margin = max(map(len, y_ticks.values()))
     canvas = _Canvas(_ROWS, min(terminal_width(), _WIDEST) - margin - 3)
 
     def place(point: FrontPoint) -> tuple[int, int]:
         column = x.at(point.predicted.file_bytes / unit_bytes) * (canvas.columns - 1)
-        return round((1 - y.at(point.predicted_kld)) * (_ROWS - 1)), round(column)
+        height = y.at(point.predicted_kld) if point.predicted_kld > 0 else 0.0
+        return round((1 - height) * (_ROWS - 1)), round(column)
 
     for kind, style, glyph in ((mixes, "", glyphs.mix), (presets, _YELLOW, glyphs.preset)):
         for point in kind:
             canvas.put(*place(point), glyph, style)
-    for point in chosen:
-        canvas.put(*place(point), glyphs.chosen, _BOLD_GREEN)
-    for point in chosen:
-        _label(canvas, place(point), "chosen", _BOLD_GREEN)
+    canvas.put(*place(chosen), glyphs.chosen, _BOLD_GREEN)
+    _label(canvas, place(chosen), chosen_name(chosen), _BOLD_GREEN)
     for point in sorted(presets, key=lambda p: -len(short_name(p))):
         _label(canvas, place(point), short_name(point), "")
     lines = ["predicted mean KL divergence in nats", ""]

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> ImatrixJob:
-    from edgeq.converters.gguf.sensitivity.evidence import CHUNK_TOKENS
+    from edgeq.converters.calibration.texts import CHUNK_TOKENS
     from edgeq.errors import UsageError
     from edgeq.planner.importance import ImatrixJob
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["add_model_arguments", "job_from"]
 
 _MINIMIZE: dict[str, Objective] = {"quality": "kld", "bytes": "file_bytes", "memory": "memory_bytes", "latency": "ns"}
+_FEWEST_EVAL_TOKENS = 16  # a text with less cannot be compared with the calibration's
 _LARGEST_KLD = 10.0  # nats; a model that knows nothing of the language is about that far away
 # What only a search reads: refused, rather than ignored, where the types are given.
 _SEARCH_ONLY = ("minimize", "estimator", "calibration", "calibration_tokens", "seed", "trials", "decode_costs")
@@ -155,7 +156,12 @@ def job_from(args: argparse.Namespace) -> Job:
         goal=goal,
         search=_search(args),
         quality=_quality(args, goal),
+        search_given=tuple(_option(name) for name in _SEARCH_ONLY if getattr(args, name) is not None),
     )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _goal(args: argparse.Namespace) -> Goal:
@@ -242,7 +248,8 @@ def _request(args: argparse.Namespace, goal: Goal) -> Request:
 def _search(args: argparse.Namespace) -> SearchOptions:
     import dataclasses
 
-    from edgeq.converters.gguf.sensitivity.evidence import CHUNK_TOKENS, EvidenceRequest
+    from edgeq.converters.calibration.texts import CHUNK_TOKENS
+    from edgeq.converters.gguf.sensitivity.evidence import EvidenceRequest
     from edgeq.errors import UsageError
     from edgeq.planner.problem import SearchOptions
 
@@ -283,8 +290,24 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     if against == "--quant" and args.search == "always":
         raise UsageError("--search always finds the types, and --quant gives them", "Leave out one of them")
     if against is not None and idle is not None:
-        option = f"--{idle.replace('_', '-')}"
+        option = _option(idle)
         raise UsageError(f"{option} is for a search, and {against} leaves none", f"Leave out {option} or {against}")
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    """Look at the texts before a model is even looked for."""
+    from edgeq.converters.calibration.texts import check_text_file
+    from edgeq.errors import UsageError
+
+    given = [path for path in (args.calibration, args.eval_text) if path is not None]
+    for path in given:
+        check_text_file(path)
+    if len(given) == 2 and given[0].samefile(given[1]):
+        raise UsageError(
+            f"--calibration and --eval-text are the same text, {args.eval_text}: a model would be judged by what it "
+            "was calibrated on",
+            "Give another text to one of them",
+        )
 
 
 def _quality(args: argparse.Namespace, goal: Goal) -> QualityOptions:
@@ -297,4 +320,10 @@ def _quality(args: argparse.Namespace, goal: Goal) -> QualityOptions:
         )
     if args.eval_tokens == 0 and args.eval_text is not None:
         raise UsageError("--eval-tokens 0 reads nothing of --eval-text", "Leave out one of them")
+    if args.eval_tokens is not None and 0 < args.eval_tokens < _FEWEST_EVAL_TOKENS:
+        raise UsageError(
+            f"--eval-tokens {args.eval_tokens} is less than {_FEWEST_EVAL_TOKENS}, too few to judge anything by",
+            "Use 1024 or more, or 0 to leave the judgement out",
+        )
+    _check_texts(args)
     return QualityOptions(**_given(text=args.eval_text, tokens=args.eval_tokens))

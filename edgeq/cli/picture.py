@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeq.cli.front import CAPTION, short_name, shown, size_unit
+from edgeq.cli.front import CAPTION, chosen_name, short_name, shown, size_unit
 from edgeq.errors import UsageError, require_package
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _SUFFIXES = (".svg", ".png")
 _SIZE_IN, _DPI = (8.0, 5.4), 160
 _INK, _QUIET, _GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 _MIX, _PRESET, _CHOSEN = "#0072b2", "#b35900", "#009e73"  # told apart by colour-blind eyes too
+_CHOSEN_STYLE: dict[str, Any] = {"ms": 8, "ls": "", "mec": "white", "mew": 1.2}
 _NEAR_PT, _DIRECTIONS = 7.0, 16
 
 
@@ -69,8 +70,8 @@ def draw(front: Front, title: str, suffix: str) -> bytes:
 
 def _fill(figure: Any, front: Front, title: str) -> None:  # noqa: ANN401 - optional package
     axes = figure.add_subplot()
-    mixes, presets, chosen = shown(front.mixes), shown(front.presets), shown([front.chosen])
-    unit, unit_bytes = size_unit(max((p.predicted.file_bytes for p in (*mixes, *presets, *chosen)), default=0))
+    mixes, presets = shown(front.mixes), shown(front.presets)
+    unit, unit_bytes = size_unit(max(p.predicted.file_bytes for p in (*mixes, *presets, front.chosen)))
 
     def places(points: Sequence[FrontPoint]) -> list[Point]:
         return [(point.predicted.file_bytes / unit_bytes, point.predicted_kld) for point in points]
@@ -80,13 +81,18 @@ def _fill(figure: Any, front: Front, title: str) -> None:  # noqa: ANN401 - opti
     for points, style, colour, order in (
         (mixes, {"marker": "o", "ms": 3, "ls": "-", "lw": 1.2}, _MIX, 2),
         (presets, {"marker": "x", "ms": 6, "ls": "", "mew": 1.4}, _PRESET, 3),
-        (chosen, {"marker": "D", "ms": 8, "ls": "", "mec": "white", "mew": 1.2}, _CHOSEN, 4),
+        (shown([front.chosen]), {"marker": "D", **_CHOSEN_STYLE}, _CHOSEN, 4),
     ):
         at = places(points)
         axes.plot([x for x, _ in at], [y for _, y in at], color=colour, zorder=order, **style)
+    chosen = places([front.chosen])[0]
+    if front.chosen.predicted_kld <= 0:  # below every power of ten: an arrow at the foot
+        chosen = chosen[0], float(axes.get_ylim()[0])
+        axes.set_ylim(bottom=chosen[1])
+        axes.plot(*([value] for value in chosen), color=_CHOSEN, zorder=4, clip_on=False, marker="v", **_CHOSEN_STYLE)
     _dress(axes, unit, title)
     figure.supxlabel(CAPTION, fontsize=8, color=_QUIET, x=0.99, ha="right")
-    names = [(place, "chosen", _CHOSEN) for place in places(chosen)]
+    names = [(chosen, chosen_name(front.chosen), _CHOSEN)]
     if mixes:
         names.append((places(mixes)[len(mixes) // 4], "best mix of its size", _MIX))
     names += [(place, short_name(p), _PRESET) for place, p in zip(places(presets), presets, strict=True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.cli.arguments import add_json_argument
-from edgeq.cli.files import add_export_arguments, check_export, check_output, export_types, write_output
+from edgeq.cli.files import add_export_arguments, check_export, check_output, export_types, refuse_same, write_output
 from edgeq.cli.model_arguments import add_model_arguments, job_from
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.planner.convert import plan_only
     from edgeq.types import to_json
 
-    job = _with_search(job_from(args), args)
+    job = job_from(args)
+    _check_front(job, args)
     check_export(args)
+    refuse_same(("--front", args.front if args.front != Path() else None), ("--export", args.export))
     fronts: list[Front] = []
 
     def look(problem: Problem, demand: Demand, plan: Plan) -> None:
@@ -89,24 +91,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_search(job: Job, args: argparse.Namespace) -> Job:
-    """A picture needs a search, and a file that can be written; both are settled before any work."""
-    import dataclasses
-
+def _check_front(job: Job, args: argparse.Namespace) -> None:
+    """A picture needs what a search stands on, and a file that can be written; both are settled before any work."""
     from edgeq.errors import UsageError
 
     if args.front is None:
-        return job
+        return
     reasons = {"--quant": args.quant, "--recipe": job.request.from_recipe, "--search never": args.search == "never"}
     given = next((option for option, reason in reasons.items() if reason), None)
     if given is not None:
-        raise UsageError(f"--front draws what a search finds, and {given} leaves no search", f"Leave out {given}")
+        raise UsageError(f"--front draws what a search can find, and {given} leaves none", f"Leave out {given}")
     if args.front != Path():
         from edgeq.cli.picture import check_picture
 
         check_picture(args.front)
         check_output(args.front, force=args.force)
-    return dataclasses.replace(job, search=dataclasses.replace(job.search, when="always"))
 
 
 def _draw(front: Front, title: str, args: argparse.Namespace) -> list[str]:

@@ -32,12 +32,12 @@ from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.imatrix import ImportanceMatrix
 from edgeq.converters.gguf.quantize import assert_types, quantize
 from edgeq.converters.gguf.recipe import recipe_yaml
+from edgeq.converters.gguf.sensitivity.evidence import Workshop
 from edgeq.converters.gguf.shape import describe_artifact
 from edgeq.converters.gguf.smoke import smoke_check
 from edgeq.converters.gguf.tokenizer import check_tokenizer
 from edgeq.converters.source import resolve, weight_files, weights_sha256
 from edgeq.errors import ConversionError, OutputExistsError, SourceError, UsageError
-from edgeq.ggml_types import ggml_type
 from edgeq.llama_library import versions
 from edgeq.planner.decide import (
     Found,
@@ -48,10 +48,12 @@ from edgeq.planner.decide import (
     wants_search,
     workshop,
 )
-from edgeq.planner.inspection import Inspector, QualityOptions, judged_plan
-from edgeq.planner.plan import Request, make_plan
-from edgeq.planner.problem import Problem, SearchOptions, pose
-from edgeq.planner.search import Demand, Goal
+from edgeq.planner.early_checks import check_texts
+from edgeq.planner.inspection import Inspector, judged_plan
+from edgeq.planner.job import Job, idle_notes, is_float, is_judged
+from edgeq.planner.plan import make_plan
+from edgeq.planner.problem import Problem, pose
+from edgeq.planner.search import Demand
 from edgeq.profiles.loader import load_profile
 from edgeq.staging import publish, refuse_occupied, staging_folder
 from edgeq.types import Budget, DeviceProfile, Manifest, ModelSource, Plan, Quality, SmokeCheck, merge_budgets
@@ -70,32 +72,14 @@ def _silent(stage: str, done: int, total: int, detail: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One conversion.
+class _Posed:
+    """A model and a device as a problem, and where it is solved."""
 
-    Attributes:
-        model: a hub id, a Hugging Face folder, or a float GGUF.
-        target: a device profile's name or file.
-        budget: overrides the profile's, line by line.
-        request: types, context and KV cache that the user asked for.
-        revision: of a hub id.
-        llama_cpp: a checkout whose converter replaces edgeq's own.
-        threads: for quantizing and checking; 0 for all cores.
-        goal: limits on bytes and quality.
-        search: whether and how types are searched for.
-        quality: on which text the result is judged.
-    """
-
-    model: str
-    target: str
-    budget: Budget = dataclasses.field(default_factory=Budget)
-    request: Request = dataclasses.field(default_factory=Request)
-    revision: str | None = None
-    llama_cpp: Path | None = None
-    threads: int = 0
-    goal: Goal = dataclasses.field(default_factory=Goal)
-    search: SearchOptions = dataclasses.field(default_factory=SearchOptions)
-    quality: QualityOptions = dataclasses.field(default_factory=QualityOptions)
+    source: ModelSource
+    reference: Path
+    problem: Problem
+    demand: Demand
+    shop: Workshop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +92,7 @@ class _Decided:
     plan: Plan
     reference: Path | None  # a complete float GGUF, if one had to be there for planning
     imatrix: ImportanceMatrix | None = None  # the user's, for a preset or a recipe
-    posed: tuple[Problem, Demand] | None = None  # what a search that made no file was about
+    posed: tuple[Problem, Demand] | None = None  # what a plan without a file is about
     found: Found | None = None  # of a search
     quality: Quality | None = None
 
@@ -151,13 +135,13 @@ def plan_only(
     Args:
         job: as for `convert`.
         work_beside: a path in the folder where a skeleton or a float GGUF may lie meanwhile.
-        look: called after a search with what was searched, while the float GGUF that it is about is still there; not
-            called for a preset or a recipe.
+        look: called after planning with what a search is about, while its float GGUF is still there, even where
+            nothing had to be searched for; not called where the types are given, or not to be searched for.
         progress: as for `convert`.
     """
     source = _resolve(job, progress)
     with staging_folder(work_beside) as work:
-        decided = _decide(job, source, work, progress)
+        decided = _decide(job, source, work, progress, pose_anyway=look is not None)
         if look is not None and decided.posed is not None:
             look(*decided.posed, decided.plan)
     return decided.source, decided.profile, decided.plan
@@ -216,18 +200,36 @@ def _refuse_own_source(source: ModelSource, weights: list[Path], target: Path) -
             )
 
 
-def _decide(job: Job, source: ModelSource, work: Path, progress: Progress, *, artifact: Path | None = None) -> _Decided:
-    """Plan; with ``artifact``, a search also makes, measures and moves the model there."""
+def _decide(
+    job: Job,
+    source: ModelSource,
+    work: Path,
+    progress: Progress,
+    *,
+    artifact: Path | None = None,
+    pose_anyway: bool = False,
+) -> _Decided:
+    """Plan; with ``artifact``, a search also makes, measures and moves the model there.
+
+    With ``pose_anyway`` the problem is posed even where nothing has to be searched for. The plan stays the same.
+    """
     profile = load_profile(job.target)
     budget = merge_budgets(profile.budget, job.budget)
     progress("plan", 0, 1, profile.name)
     gguf, reference, notes = _planning_file(job, source, work, progress)
     imatrix, rounding = given_imatrix(job.search.evidence.imatrix, gguf)
-    if wants_search(gguf, profile, budget, job.request, job.goal, job.search, imatrix):
+    searched = wants_search(gguf, profile, budget, job.request, job.goal, job.search, imatrix)
+    notes = (*notes, *check_texts(gguf, job.search, job.quality, searched=searched))
+    if searched:
         return _search(job, source, work, progress, (profile, budget, reference, notes), artifact)
     plan = make_plan(gguf, profile, budget, job.request, notes=(*notes, *rounding), imatrix=imatrix)
+    plan = msgspec.structs.replace(plan, notes=(*plan.notes, *idle_notes(job, plan)))
     progress("plan", 1, 1, plan.preset or "recipe")
-    return _Decided(source, profile, budget, plan, reference, imatrix)
+    decided = _Decided(source, profile, budget, plan, reference, imatrix)
+    if not (pose_anyway and job.leaves_search):
+        return decided
+    posed = _pose(job, source, work, progress, (profile, budget, reference))
+    return dataclasses.replace(decided, posed=(posed.problem, posed.demand))
 
 
 def _search(
@@ -240,6 +242,26 @@ def _search(
 ) -> _Decided:
     """Search for types, judge the mix on held-out text, and search again for less where a quality limit is missed."""
     profile, budget, reference, notes = known
+    posed = _pose(job, source, work, progress, (profile, budget, reference))
+    source, reference, problem, demand = posed.source, posed.reference, posed.problem, posed.demand
+    if artifact is None:
+        options = dataclasses.replace(job.search, trials=0)
+        found = searched_plan(problem, demand, job.request, options, posed.shop, notes)
+        return _Decided(source, profile, budget, found.plan, reference, posed=(problem, demand))
+    inspector = Inspector(reference, job.quality, job.goal, job.threads, progress)
+    found, quality = judged_plan(problem, demand, job.request, job.search, posed.shop, notes, inspector, artifact)
+    return _Decided(source, profile, budget, found.plan, reference, found=found, quality=quality)
+
+
+def _pose(
+    job: Job,
+    source: ModelSource,
+    work: Path,
+    progress: Progress,
+    known: tuple[DeviceProfile, Budget, Path | None],
+) -> _Posed:
+    """Gather what a search stands on."""
+    profile, budget, reference = known
     reference = reference or _reference(source, work, progress)
     check_weights(read_header(reference), {}, finite=source.format == "hf")
     sha256 = weights_sha256(source, lambda d, t, n: progress("hash source", d, t, n))
@@ -248,19 +270,29 @@ def _search(
     problem = pose(reference, folder, profile, job.request.overrides, job.search, shop)
     demand = demand_of(reference, profile, budget, job.budget, job.request, job.goal)
     source = msgspec.structs.replace(source, weights_sha256=sha256)
-    if artifact is None:
-        options = dataclasses.replace(job.search, trials=0)
-        found = searched_plan(problem, demand, job.request, options, shop, notes)
-        return _Decided(source, profile, budget, found.plan, reference, posed=(problem, demand))
-    inspector = Inspector(reference, job.quality, job.goal, job.threads, progress)
-    found, quality = judged_plan(problem, demand, job.request, job.search, shop, notes, inspector, artifact)
-    return _Decided(source, profile, budget, found.plan, reference, found=found, quality=quality)
+    return _Posed(source, reference, _naming(problem, source), demand, shop)
+
+
+def _naming(problem: Problem, source: ModelSource) -> Problem:
+    """With the model's name for who wrote the text, which may have been kept under the name of another copy."""
+    evidence = problem.evidence
+    if evidence.text.source != "self":
+        return problem
+    text = dataclasses.replace(evidence.text, name=f"written by {source.id}")
+    return dataclasses.replace(problem, evidence=dataclasses.replace(evidence, text=text))
 
 
 def _reference(source: ModelSource, work: Path, progress: Progress) -> Path:
-    reference = work / "reference.gguf"
+    reference = _work_file(work, "reference", source)
     export_reference(Path(source.path), reference, progress)
     return reference
+
+
+def _work_file(work: Path, kind: str, source: ModelSource) -> Path:
+    """A file that messages name as the user does."""
+    folder = work / kind
+    folder.mkdir(exist_ok=True)
+    return folder / (Path(source.id).name or "model")
 
 
 def _planning_file(
@@ -273,17 +305,19 @@ def _planning_file(
             raise UsageError("--llama-cpp converts Hugging Face folders, and this is a GGUF", "Leave it out")
         return path, path, ()
     if job.llama_cpp is not None:
-        out = work / "reference.gguf"
+        out = _work_file(work, "reference", source)
+        plain = work / "reference.gguf"  # the script puts values into names with braces
         progress("convert with llama.cpp", 0, 0, "")
         export_with_llama_cpp(
             path,
-            out,
+            plain,
             job.llama_cpp,
             float_type=source.dtype,
             progress=lambda line: progress("convert with llama.cpp", 0, 0, line),
         )
+        plain.rename(out)
         return out, out, (f"converted by the convert_hf_to_gguf.py of {job.llama_cpp.name}",)
-    result = export_skeleton(path, work / "skeleton.gguf")
+    result = export_skeleton(path, _work_file(work, "skeleton", source))
     return result.path, None, result.notes
 
 
@@ -294,7 +328,7 @@ def _write_artifact(
     folder = Path(decided.source.path)
     reference = decided.reference
     if reference is None:
-        reference = work / "reference.gguf"
+        reference = _work_file(work, "reference", decided.source)
         export_gguf(folder, reference, progress=lambda d, t, n: progress("read weights", d, t, n))
     if decided.found is None:
         # An export has counted NaN and infinity already; a GGUF that came from elsewhere has not.
@@ -317,12 +351,11 @@ def _write_artifact(
         progress("check tokenizer", 0, 1, "")
         check_tokenizer(artifact, folder)
     progress("check model", 0, 1, "")
-    is_float = all(ggml_type(kind).is_float for kind in decided.plan.tensor_types.values())
-    smoke = smoke_check(reference, artifact, is_float=is_float, threads=job.threads or None)
+    smoke = smoke_check(reference, artifact, is_float=is_float(decided.plan), threads=job.threads or None)
     progress("check model", 1, 1, "")
-    if decided.quality is None and not (is_float and job.goal == Goal()):
+    if decided.quality is None and is_judged(job, decided.plan):
         inspector = Inspector(reference, job.quality, job.goal, job.threads, progress)
-        quality = inspector.judge(artifact, None)
+        quality = inspector.judge(artifact, None, kv_type=decided.plan.kv_type_k)
         inspector.refuse_missed(quality, None)
         decided = dataclasses.replace(decided, quality=quality)
     return decided, smoke

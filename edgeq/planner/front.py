@@ -10,6 +10,8 @@ import numpy as np
 from edgeq.converters.gguf.imatrix import Activations, ImportanceMatrix
 from edgeq.converters.gguf.presets import PRESETS
 from edgeq.converters.gguf.recipe import Override
+from edgeq.errors import BudgetError, UsageError
+from edgeq.ggml_types import ggml_type
 from edgeq.planner.candidates import Choice, Menu
 from edgeq.planner.problem import Problem
 from edgeq.planner.search import Demand, front_of
@@ -23,7 +25,7 @@ class FrontPoint:
     """One set of types.
 
     Attributes:
-        labels: the presets that give it; empty for a mix.
+        labels: the presets that give it, or were chosen; empty for a mix.
         predicted_kld: mean KL divergence from the unquantized model, in nats.
         predicted: what it takes on the device.
     """
@@ -38,8 +40,9 @@ class Front:
     """Points of bytes and predicted KL divergence; all are priced by the same table, and none is measured.
 
     Attributes:
-        mixes: within the device's budget, none beaten by another in both, from the smallest.
-        chosen: the plan.
+        mixes: within the device's budget, none beaten by another in both, from the smallest; none where a preset was
+            chosen and the times of this table allow no mix.
+        chosen: the plan; its label is its preset, if it is one.
         presets: the types that llama.cpp's presets give with an importance matrix, rounded as edgeq rounds, whether
             the budget allows them or not; from the smallest.
         left_out: presets with a type that no tensor of the table was priced in.
@@ -62,31 +65,48 @@ def look_at_front(problem: Problem, demand: Demand, plan: Plan, overrides: Seque
 
     Raises:
         BudgetError: no mix meets the device's budget.
-        UsageError: an override that a preset cannot take.
+        UsageError: an override that a preset cannot take, or a plan with a type that was not priced.
     """
     presets, left_out = _presets(problem, demand, overrides)
-    chosen = FrontPoint((), _known(predicted_kld(problem, plan.tensor_types)), plan.predicted)
+    kld = predicted_kld(problem, plan.tensor_types)
+    if kld is None:
+        raise UsageError("The plan has types that were not priced, so it cannot be drawn", "Leave out --front")
+    labels = () if plan.preset is None else (plan.preset,)
+    chosen = FrontPoint(labels, kld, demand.predict(problem, dict(plan.tensor_types)))
     largest = max(point.predicted.file_bytes for point in (chosen, *presets))
-    mixes = tuple(
-        FrontPoint((), kld, predicted) for _, predicted, kld in front_of(problem, demand, max_file_bytes=largest)
-    )
-    return Front(mixes, chosen, presets, left_out)
+    return Front(_mixes(problem, demand, plan, largest), chosen, presets, left_out)
+
+
+def _mixes(problem: Problem, demand: Demand, plan: Plan, largest_bytes: int) -> tuple[FrontPoint, ...]:
+    try:
+        found = front_of(problem, demand, max_file_bytes=largest_bytes)
+    except BudgetError:
+        # A preset is held to the profile's times, the mixes to those of timed kernels, which may be longer.
+        if plan.search is None:
+            return ()
+        raise
+    return tuple(FrontPoint((), kld, predicted) for _, predicted, kld in found)
 
 
 def predicted_kld(problem: Problem, types: Mapping[str, str]) -> float | None:
     """Mean KL divergence that the sensitivities of these types add up to, in nats; None if one was not priced."""
     total = 0.0
     for item in problem.items:
-        kld = next((option.kld for option in item.options if option.type == types[item.name]), None)
+        kld = next((option.kld for option in item.options if _is_same(option.type, types[item.name])), None)
         if kld is None:
             return None
         total += kld
     return total
 
 
+def _is_same(a: str, b: str) -> bool:
+    """Whether two types cost the same: of the float types only that of the float GGUF was priced."""
+    return a == b or (ggml_type(a).is_float and ggml_type(b).is_float)
+
+
 def _known(kld: float | None) -> float:
     if kld is None:
-        message = "a plan of this problem has a type that the problem does not know"
+        message = "a preset that was priced has a type that was not"
         raise AssertionError(message)
     return kld
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgeq.converters.calibration.generate import self_text
-from edgeq.converters.calibration.texts import TokenText, calibration_text, check_text_file
+from edgeq.converters.calibration.texts import CHUNK_TOKENS, TokenText, calibration_text, check_text_file
 from edgeq.converters.gguf.export import export_skeleton
 from edgeq.converters.gguf.external import export_with_llama_cpp
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches, write_imatrix
 from edgeq.converters.gguf.observe import collect_imatrix
 from edgeq.converters.gguf.quantize import quantizable_tensors
-from edgeq.converters.gguf.sensitivity.evidence import CHUNK_TOKENS, EvidenceRequest
+from edgeq.converters.gguf.sensitivity.evidence import EvidenceRequest
 from edgeq.converters.source import resolve, weight_files
 from edgeq.errors import ConversionError, OutputExistsError, UsageError
 from edgeq.planner.decide import export_reference

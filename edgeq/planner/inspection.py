@@ -19,12 +19,12 @@ from edgeq.planner.problem import Problem, SearchOptions
 from edgeq.planner.search import Demand, Goal, held_out_text, selection_text
 from edgeq.types import Quality
 
-__all__ = ["Inspector", "QualityOptions", "judged_plan"]
+__all__ = ["USUAL_TOKENS", "Inspector", "QualityOptions", "judged_plan"]
 
 Progress = Callable[[str, int, int, str], None]
 
 _ROUNDS = 3
-_TOKENS, _TOKENS_OF_PRESET = 4096, 1024
+USUAL_TOKENS, _TOKENS_OF_PRESET = 4096, 1024
 _NOISE_CHUNKS = 2
 _SAFETY = 0.98  # how much further than needed the next round goes
 
@@ -76,7 +76,7 @@ class Inspector:
         """
         tokens = self.options.tokens
         if tokens is None:
-            tokens = _TOKENS_OF_PRESET if evidence is None and self.goal == Goal() else _TOKENS
+            tokens = _TOKENS_OF_PRESET if evidence is None and self.goal == Goal() else USUAL_TOKENS
         if tokens <= 0:
             return None
         text = held_out_text(self.reference, self.options.text, tokens, part)
@@ -84,7 +84,7 @@ class Inspector:
         if evidence is not None:
             overlap = refuse_overlap(evidence.text, text)
             if text.source == "file":  # the halves of the built-in text share nothing
-                refuse_overlap(selection_text(evidence), text)
+                refuse_overlap(selection_text(self.reference), text)
         with Judge(self.reference, text.chunks, threads=self.threads or None) as judge:
             divergence = judge.compare(
                 [artifact],

@@ -27,6 +27,8 @@ __all__ = ["Demand", "Goal", "Searched", "front_of", "held_out_text", "search", 
 
 _SELECTION_TOKENS = 2048
 _SELECTION_CHUNK = 256
+# Predicted over allowed KL where a measurement is not worth its time: whole mixes were predicted within a factor of 2.
+_HOPELESS = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,10 @@ def solve_for(problem: Problem, demand: Demand, *, measured: bool = False) -> tu
     limits = _limits(problem, demand)
     objective = demand.goal.objective(demand.asked)
     try:
-        if measured:
-            return within(problem.items, limits, objective, limits.kld), limits, objective
+        if measured and limits.kld is not None:
+            solution = within(problem.items, limits, objective, limits.kld)
+            if solution.kld <= _HOPELESS * limits.kld:
+                return solution, limits, objective
         return solve(problem.items, limits, objective), limits, objective
     except Infeasible as error:
         at_base = demand.predict(problem, problem.base)
@@ -152,7 +156,7 @@ def search(problem: Problem, demand: Demand, *, trials: int, shop: Workshop) -> 
     )
     file = None
     if trials > 0:
-        text = selection_text(problem.evidence)
+        text = selection_text(problem.evidence.header.path)
         refuse_overlap(problem.evidence.text, text)
         judged = run_trials(
             problem,
@@ -191,11 +195,9 @@ def calibration_of(evidence: Evidence) -> Calibration:
     )
 
 
-def selection_text(evidence: Evidence) -> TokenText:
+def selection_text(reference: Path) -> TokenText:
     """The text that mixes are compared on: neither the calibration's nor the final judgement's."""
-    return builtin_text(
-        evidence.header.path, chunk_tokens=_SELECTION_CHUNK, max_tokens=_SELECTION_TOKENS, split="select"
-    )
+    return builtin_text(reference, chunk_tokens=_SELECTION_CHUNK, max_tokens=_SELECTION_TOKENS, split="select")
 
 
 def held_out_text(reference: Path, path: Path | None, max_tokens: int, part: int = 0) -> TokenText:

@@ -138,6 +138,33 @@ def test_points_of_the_unquantized_model_are_left_out_of_a_logarithmic_picture(f
     with_zero = Front((*front.mixes, _point(257.0, 0.0)), front.chosen, front.presets, ())
     assert _canvas(front_text(with_zero, colour=False)) == _canvas(front_text(front, colour=False))
     assert draw(with_zero, "t", ".png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [40, 110])
+def test_a_plan_without_loss_is_seen_at_the_foot(front: Front, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lossless = Front(front.mixes, _point(257.0, 0.0, "f16"), front.presets, ())
+    text = front_text(lossless, colour=False)
+    lines = _canvas(text)
+    assert [n for n, line in enumerate(lines) if "◆" in line] == [len(lines) - 1]
+    assert "chosen (KL 0)" in lines[-1]
+    assert "◆ chosen (KL 0)" in text
+    assert re.search(r"^chosen \(f16\) +257\.0? MiB +0 ", text, re.MULTILINE)
+    assert max(map(len, lines)) <= width
+    texts = _svg_texts(draw(lossless, "t", ".svg"))
+    assert "chosen (KL 0)" in texts
+    assert texts.keys() >= set(_PRESETS)
+    assert draw(lossless, "t", ".png").startswith(b"\x89PNG")
+
+
+def test_a_picture_without_mixes_says_why(front: Front) -> None:
+    without = Front((), front.chosen, front.presets, ())
+    assert "no mix keeps the device's budget" in front_text(without, colour=False)
+    assert "no mix keeps" not in front_text(front, colour=False)
+    assert draw(without, "t", ".svg")
+
+
+def test_nothing_but_the_unquantized_model() -> None:
     nothing = Front((), _point(257.0, 0.0), (), ())
     assert "nothing to draw" in front_text(nothing, colour=False)
     assert draw(nothing, "t", ".svg")

@@ -213,6 +213,32 @@ def test_recipes(cli: Cli, tmp_path: Path, text: str, words: list[str]) -> None:
     one_line(cli("plan", "m", "--target", "laptop-cpu", "--recipe", recipe), 2, *words)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("missing.yaml", None, ["missing.yaml cannot be read: No such file", "Check the path"]),
+        ("folder", "folder", ["folder cannot be read: Is a directory"]),
+        (
+            "latin.yaml",
+            "base: Straße".encode("latin-1"),
+            ["latin.yaml is no recipe", "not UTF-8", "base and overrides"],
+        ),
+        ("model.gguf", b"GGUF\x03\x00\x00\x00", ["model.gguf is no recipe", "base and overrides"]),
+    ],
+)
+def test_files_that_are_no_recipes(
+    cli: Cli, tmp_path: Path, name: str, data: bytes | str | None, words: list[str]
+) -> None:
+    recipe = tmp_path / name
+    if isinstance(data, bytes):
+        recipe.write_bytes(data)
+    elif data is not None:
+        recipe.mkdir()
+    done = cli("plan", "m", "--target", "laptop-cpu", "--recipe", recipe)
+    one_line(done, 2, *words)
+    assert "Errno" not in done.stderr
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -225,8 +251,17 @@ def test_a_model_without_a_vocabulary_ends_no_process(
     for done in (
         cli(*converting, "--quant", "q8_0"),
         cli(*converting, *searching),
+        cli("plan", *converting[1:-2]),
         cli("run", make_bundle(no_vocabulary_gguf), "hello"),
     ):
         assert done.returncode == 1
         assert "holds no vocabulary" in done.stderr.splitlines()[-1]
     assert not out.exists()
+
+
+def test_a_model_without_a_vocabulary_is_refused_before_any_work(no_vocabulary_gguf: Path) -> None:
+    from edgeq.converters.source import resolve
+    from edgeq.errors import UnsupportedModelError
+
+    with pytest.raises(UnsupportedModelError, match=r"nameless.gguf holds no vocabulary.*Use a GGUF with"):
+        resolve(str(no_vocabulary_gguf))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 
 from edgeq.bundle import open_bundle
@@ -189,6 +192,140 @@ def test_the_front_in_the_terminal_and_in_files(
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_two_outputs_are_two_files(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").symlink_to(tmp_path)
+    for other in ("same.svg", tmp_path / "same.svg", "there/same.svg"):
+        done = cli("plan", "no-such-model", "--target", "laptop-cpu", "--front", "same.svg", "--export", other)
+        assert "--front and --export both name" in one_line(done, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_picture_changes_no_plan(model: Path, cli: Cli, tmp_path: Path) -> None:
+    """Where f16 or q8_0 fits, convert takes it, and the front shows that plan among the mixes."""
+
+    def planned(*options: object) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(cli("plan", model, *options, "--json").stdout)
+        return found
+
+    target = ("--target", "laptop-cpu", "--threads", "1")
+    needed = [planned(*target, "--quant", kind)["predicted"]["peak_memory_bytes"] for kind in ("q8_0", "f16")]
+    between = ("--max-memory", f"{sum(needed) // 2}B")
+    for limit, preset in (((), "f16"), (between, "q8_0")):
+        plain = planned(*SEARCH, *limit)
+        done = cli("plan", model, *SEARCH, *limit, "--json", "--front", tmp_path / f"{preset}.svg")
+        assert done.returncode == 0, done.stderr
+        drawn = json.loads(done.stdout)
+        front = drawn.pop("front")
+        assert plain["preset"] == preset
+        assert drawn == plain
+        assert front["chosen"]["labels"] == [preset]
+        assert front["chosen"]["predicted"]["file_bytes"] == plain["predicted"]["file_bytes"]
+        assert (front["chosen"]["predicted_kld"] == 0) is (preset == "f16")
+        assert len(front["mixes"]) > 5
+        assert "chosen" in (tmp_path / f"{preset}.svg").read_text()
+    shown = cli("plan", model, *SEARCH, "--front").stdout
+    assert "types    f16" in shown
+    assert "◆ chosen (KL 0)" in shown
+    assert re.search(r"^chosen \(f16\) ", shown, re.MULTILINE)
+
+
+def test_options_that_come_to_nothing_are_named(model: Path, cli: Cli, tmp_path: Path) -> None:
+    options = ("--target", "laptop-cpu", "--trials", "9", "--estimator", "fisher", "--seed", "5")
+    note = "--estimator, --seed, --trials had no effect: f16 or q8_0 fits, so no mix is searched for"
+    shown = cli("plan", model, *options).stdout
+    (line,) = (line for line in shown.splitlines() if "had no effect" in line)
+    assert line.startswith(f"note     {note}")
+    assert "--search always" in line
+    (found,) = json.loads(cli("plan", model, *options, "--json").stdout)["notes"]
+    assert f"note     {found}" == line
+    assert "no effect" not in cli("plan", model, "--target", "laptop-cpu").stdout
+    assert "no effect" not in cli("plan", model, *SEARCH, *LIMIT, "--trials", "9").stdout
+    judging = ("--target", "laptop-cpu", "--eval-tokens", "600", "-o", tmp_path / "out")
+    done = cli("convert", model, *judging)
+    assert "note     --eval-tokens had no effect: f16 weights are not judged" in done.stdout
+    assert open_bundle(tmp_path / "out").manifest.quality is None
+
+
+def _no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        pytest.fail("the search began")
+
+    monkeypatch.setattr("edgeq.planner.convert.pose", stop)
+
+
+def _words(seed: int, n: int) -> str:
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(n))
+
+
+def test_texts_are_checked_before_the_search(
+    model: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeq.converters.calibration import texts
+
+    _no_search(monkeypatch)
+    own, short, late = (tmp_path / f"{name}.txt" for name in ("own", "short", "late"))
+    own.write_text(_words(1, 5000))
+    short.write_text("too short")
+    late.write_bytes(own.read_bytes() + b"\xff\xfe")
+    (tmp_path / "copy.txt").write_text(own.read_text())
+    topics = tmp_path / "topics.txt"
+    topics.write_text("\n\n".join(texts._split(texts._documents(), "select").values()))
+    search = ("convert", model, "--target", "laptop-cpu", *LIMIT, "-o", tmp_path / "out", "--eval-tokens", "2000")
+    calibrated = ("--calibration-tokens", "2048", "--calibration")
+    for arguments, words in (
+        (["--eval-text", short], ["short.txt gives", "512 are needed"]),
+        (["--eval-text", late], ["late.txt is not UTF-8"]),
+        (
+            ["--eval-text", topics],
+            ["topics.txt, the text to judge by", "mixes are compared on", "Give another text with --eval-text."],
+        ),
+        ([*calibrated, short], ["short.txt gives", "2048 are needed"]),
+        ([*calibrated, own, "--eval-text", tmp_path / "copy.txt"], ["copy.txt is both the calibration text and"]),
+        ([*calibrated, topics], ["mixes are compared on", "Give another text with --calibration."]),
+    ):
+        line = one_line(cli(*search, *arguments), 2)
+        assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_warnings_about_the_text_to_judge_by_are_notes(model: Path, cli: Cli, tmp_path: Path) -> None:
+    text = tmp_path / "foreign.txt"
+    text.write_text("今日は天気がいいですね。你好世界。" * 200)
+    expected = "the tokenizer hardly knows the language of foreign.txt: 1.00 bytes a token"
+    shown = cli("plan", model, "--target", "laptop-cpu", "--quant", "q8_0", "--eval-text", text)
+    assert f"note     {expected}" in shown.stdout, shown.stderr
+    done = cli("plan", model, *SEARCH, *LIMIT, "--eval-text", text, "--json")
+    assert any(note.startswith(expected) for note in json.loads(done.stdout)["notes"]), done.stderr
+
+
+def test_messages_name_the_model_as_the_user_does(model: Path, cli: Cli, tiny_hf: TinyHf, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "my-robot"
+    shutil.copytree(model, copy)
+    for folder in (model, copy):  # the second one's text was kept under the name of the first
+        plan = json.loads(cli("plan", folder, *SEARCH, *LIMIT, "--json").stdout)
+        assert plan["search"]["calibration"]["name"] == f"written by {folder.name}"
+    from edgeq.converters.gguf.imatrix import write_imatrix
+    from edgeq.converters.gguf.observe import collect_imatrix
+
+    ids = np.arange(3, 131, dtype=np.int32)
+    matrix = tmp_path / "other.gguf"
+    other = tiny_hf("qwen2").with_suffix(".gguf")
+    write_imatrix(collect_imatrix(other, [ids], threads=1), matrix)
+    tied = tiny_hf("llama-tied", width=256)
+    line = one_line(cli("plan", tied, "--target", "laptop-cpu", "--quant", "q4_0", "--imatrix", matrix), 2)
+    assert f"names are in {tied.name}" in line
+    assert ".gguf" not in line
+
+
+def test_limits_are_shown_with_their_digits(model: Path, cli: Cli) -> None:
+    line = one_line(cli("plan", model, *SEARCH, "--max-itl", "0.0001ms"), 3)
+    assert "<= 0.0001 ms" in line
+
+
 def test_the_front_as_json(model: Path, cli: Cli) -> None:
     done = cli("plan", model, *SEARCH, *LIMIT, "--json", "--front")
     assert done.returncode == 0, done.stderr
@@ -284,7 +421,13 @@ def test_limits_that_no_mix_meets_name_what_would(model: Path, cli: Cli) -> None
         (["--eval-text", "missing.txt"], ["missing.txt"]),
         (["--eval-tokens", "0", "--max-kld", "0.1"], ["--eval-tokens 0"]),
         (["--eval-tokens", "-1"], ["from 0 to"]),
-        (["--eval-tokens", "0", "--eval-text", "/dev/null"], ["--eval-text"]),
+        (["--eval-tokens", "0", "--eval-text", __file__], ["--eval-tokens 0 reads nothing of --eval-text"]),
+        (["--eval-tokens", "10"], ["--eval-tokens 10 is less than 16", "Use 1024 or more"]),
+        (["--eval-text", "/dev/zero"], ["--eval-text", "is no regular file"]),
+        (["--calibration", "/dev/zero"], ["--calibration", "is no regular file"]),
+        (["--eval-text", sys.executable], ["is no text"]),
+        (["--calibration", sys.executable], ["is no text"]),
+        (["--calibration", __file__, "--eval-text", __file__], ["the same text", "test_search_cli.py"]),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "convert"])

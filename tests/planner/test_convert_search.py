@@ -102,7 +102,7 @@ def test_a_gguf_without_its_folder_is_searched_by_activations(tiny_hf: Callable[
     bundle = convert(_job(model, Goal(max_kld=0.05)), tmp_path / "out")
     plan, quality = bundle.manifest.plan, bundle.manifest.quality
     assert plan.search is not None
-    assert (plan.search.estimator, plan.search.objective, plan.search.compensated) == ("imatrix", "file_bytes", False)
+    assert (plan.search.estimator, plan.search.objective, plan.search.compensated) == ("imatrix", "file_bytes", True)
     assert any("no Hugging Face folder" in note for note in plan.notes)
     assert quality is not None
     assert quality.mean_kld_interval.high is not None
@@ -117,7 +117,7 @@ def test_a_gguf_without_its_folder_is_searched_by_activations(tiny_hf: Callable[
         (
             Goal(max_file_bytes=75_000, max_kld=1e-6),
             Budget(),
-            "file size <= .* and mean KL divergence <= 1e-06 at once",
+            "file size <= .* and predicted mean KL divergence <= 1e-06 at once",
         ),
         (Goal(max_file_bytes=75_000, min_top1=0.9999), Budget(), "same top token"),
         (Goal(max_kld=0.1), Budget(peak_memory_bytes=1), "peak memory <= 1 B"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import pytest
 
 from edgeq.converters.gguf.recipe import parse_override
 from edgeq.converters.gguf.sensitivity.evidence import EvidenceRequest
+from edgeq.errors import BudgetError, UsageError
 from edgeq.planner.convert import Job, plan_only
 from edgeq.planner.front import Front, look_at_front, predicted_kld
 from edgeq.planner.plan import Request
@@ -31,7 +35,16 @@ def model(tiny_hf: TinyHf) -> Path:
     return tiny_hf("llama-untied")
 
 
-def _look(model: Path, folder: Path, *, overrides: tuple[str, ...] = (), budget: Budget | None = None) -> Looked:
+def _look(
+    model: Path,
+    folder: Path,
+    *,
+    overrides: tuple[str, ...] = (),
+    budget: Budget | None = None,
+    goal: Goal | None = None,
+    meanwhile: Callable[[Front, Problem, Demand, Plan], None] = lambda *_: None,
+) -> Looked:
+    """What is seen while the float GGUF is there; ``meanwhile`` is called with it then."""
     evidence = EvidenceRequest(estimator="imatrix", tokens=512)
     job = Job(
         str(model),
@@ -39,13 +52,14 @@ def _look(model: Path, folder: Path, *, overrides: tuple[str, ...] = (), budget:
         budget=budget or Budget(),
         request=Request(overrides=tuple(map(parse_override, overrides))),
         threads=1,
-        goal=Goal(max_file_bytes=95_000),
+        goal=Goal(max_file_bytes=95_000) if goal is None else goal,
         search=SearchOptions(evidence=evidence, decode_costs="profile"),
     )
     seen: list[Looked] = []
 
     def look(problem: Problem, demand: Demand, plan: Plan) -> None:
         seen.append((look_at_front(problem, demand, plan, job.request.overrides), problem, demand, plan))
+        meanwhile(*seen[0])
 
     _, _, plan = plan_only(job, folder / "plan", look=look)
     assert seen[0][3] == plan
@@ -111,6 +125,32 @@ def test_mixes_keep_the_budget_of_the_device_and_presets_need_not(model: Path, l
     assert plan.predicted.itl_ms <= limit
     assert all(point.predicted.itl_ms <= limit * (1 + 1e-6) for point in front.mixes)
     assert any(point.predicted.itl_ms > limit for point in front.presets)
+
+
+def test_a_plan_that_needs_no_search_has_a_front_too(
+    model: Path, looked: Looked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_fits(*_: object, **__: object) -> None:
+        raise BudgetError("no mix", "more")
+
+    def meanwhile(front: Front, problem: Problem, demand: Demand, plan: Plan) -> None:
+        unknown = msgspec.structs.replace(plan, tensor_types=dict.fromkeys(problem.base, "iq1_s"))
+        with pytest.raises(UsageError, match="not priced"):
+            look_at_front(problem, demand, unknown, ())
+        monkeypatch.setattr("edgeq.planner.front.front_of", nothing_fits)
+        assert look_at_front(problem, demand, plan, ()) == dataclasses.replace(front, mixes=())
+        with pytest.raises(BudgetError, match="no mix"):
+            look_at_front(problem, demand, msgspec.structs.replace(plan, search=search), ())
+
+    search = looked[3].search
+    assert search is not None
+    front, problem, _, plan = _look(model, tmp_path, goal=Goal(), meanwhile=meanwhile)
+    assert (plan.preset, plan.search) == ("f16", None)
+    assert (front.chosen.labels, front.chosen.predicted_kld) == (("f16",), 0)
+    assert front.chosen.predicted.file_bytes == plan.predicted.file_bytes
+    assert len(front.mixes) > 10
+    in_bf16 = {name: "bf16" if kind == "f16" else kind for name, kind in plan.tensor_types.items()}
+    assert predicted_kld(problem, in_bf16) == 0
 
 
 def test_presets_and_recipes_are_not_looked_at(model: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_figures_of_an_artifact(tiny_problem: Problem, artifact: Path) -> No
 def test_a_preset_is_judged_on_less_than_a_search(
     tiny_problem: Problem, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TOKENS", 256)
+    monkeypatch.setattr(module, "USUAL_TOKENS", 256)
     monkeypatch.setattr(module, "_TOKENS_OF_PRESET", 128)
     for goal, evidence, tokens in (
         (Goal(), None, 128),

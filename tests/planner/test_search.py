@@ -122,7 +122,7 @@ def test_every_limit_of_the_device_is_kept(tiny_problem: Problem, make_demand: M
 
 def test_selection_and_judgement_are_of_different_text(tiny_problem: Problem) -> None:
     reference = tiny_problem.evidence.header.path
-    select, judge = selection_text(tiny_problem.evidence), held_out_text(reference, None, 300)
+    select, judge = selection_text(reference), held_out_text(reference, None, 300)
     assert select.n_tokens == judge.n_tokens == 300
     assert select.text_sha256 != judge.text_sha256
     assert {select.name.split("half ")[1], judge.name.split("half ")[1]} == {"'select'", "'judge'"}

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.converters.calibration.generate import self_text
-from edgeq.converters.calibration.texts import TokenText, file_text
+from edgeq.converters.calibration.texts import CHUNK_TOKENS, TokenText, calibration_text
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.imatrix import ImportanceMatrix, check_matches, read_imatrix
 from edgeq.converters.gguf.sensitivity.curvature import Curvature, Curvatures
@@ -38,8 +38,6 @@ Kind = Literal["fisher", "imatrix"]
 Progress = Callable[[str, int, int, str], None]
 Floats = npt.NDArray[np.float32]
 
-CHUNK_TOKENS = 256
-_FEWEST_TOKENS = 2048
 _FLOOR = 1e-3  # of the mean importance: a column that calibration never saw may still be needed
 _VERSION = 5  # of everything that is cached here
 
@@ -273,13 +271,7 @@ def _probed(basis: _Basis) -> dict[str, Curvature]:
 
 def _calibration(header: GgufHeader, request: EvidenceRequest, cache: DiskCache, shop: Workshop) -> TokenText:
     if request.calibration is not None:
-        return file_text(
-            header.path,
-            request.calibration,
-            chunk_tokens=CHUNK_TOKENS,
-            max_tokens=request.tokens,
-            min_tokens=min(_FEWEST_TOKENS, request.tokens),
-        )
+        return calibration_text(header.path, request.calibration, max_tokens=request.tokens)
     key = f"text-{fingerprint(request.tokens, request.seed, CHUNK_TOKENS)}"
     if (kept := cache.get(key, _Text)) is not None:
         chunks = tuple(np.frombuffer(chunk, np.int32) for chunk in kept.chunks)

@@ -81,6 +81,11 @@ def test_what_is_no_text_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
         file_text(smollm2_gguf, tmp_path / "none.txt", chunk_tokens=64, max_tokens=999, min_tokens=1)
     with pytest.raises(UsageError, match="Is a directory"):
         file_text(smollm2_gguf, tmp_path, chunk_tokens=64, max_tokens=999, min_tokens=1)
+    with pytest.raises(UsageError, match="is no regular file"):
+        file_text(smollm2_gguf, Path("/dev/zero"), chunk_tokens=64, max_tokens=999, min_tokens=1)
+    (tmp_path / "zeros.txt").write_bytes(b"text" + bytes(1000))
+    with pytest.raises(UsageError, match=r"zeros.txt is no text \(byte 4 is 0x00\)"):
+        file_text(smollm2_gguf, tmp_path / "zeros.txt", chunk_tokens=64, max_tokens=999, min_tokens=1)
     (tmp_path / "ok.txt").write_text("text")
     with pytest.raises(SessionError, match="does not exist"):
         file_text(tmp_path / "none.gguf", tmp_path / "ok.txt", chunk_tokens=64, max_tokens=999, min_tokens=1)
@@ -136,6 +141,7 @@ def test_the_builtin_text_has_disjoint_halves(smollm2_gguf: Path) -> None:
         assert sorted(plain_tokens(first)) == sorted(plain_tokens(second)), "the seed orders, the split chooses"
         assert plain_tokens(first) != plain_tokens(second)
         assert first.text_sha256 != second.text_sha256
+        assert first.split == split
     sizes = [text.n_tokens for text in halves.values()]
     assert max(sizes) < 1.1 * min(sizes)
 
@@ -170,3 +176,14 @@ def test_the_limit_is_exact(lengths: list[int], limit: int) -> None:
     assert sum(map(len, taken)) == min(limit, sum(lengths))
     assert all(len(chunk) > 0 for chunk in taken)
     assert [int(chunk[0]) for chunk in taken] == list(range(len(taken)))
+
+
+def test_calibration_wants_as_many_tokens_as_were_asked_for_up_to_2048(smollm2_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text(" ".join(f"{n} doors" for n in range(350)))
+    n_tokens = len(_ids(smollm2_gguf, path.read_text()))
+    assert 1000 < n_tokens < 2048
+    found = texts.calibration_text(smollm2_gguf, path, max_tokens=1000)
+    assert (found.n_tokens, {len(chunk) for chunk in found.chunks[:-1]}) == (1000, {256})
+    with pytest.raises(UsageError, match=rf"gives {n_tokens} tokens, and 2048 are needed"):
+        texts.calibration_text(smollm2_gguf, path, max_tokens=10_240)
