@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import secrets
@@ -67,6 +68,8 @@ def check_output(path: Path, *, force: bool) -> None:
         ConversionError: it cannot be written.
     """
     try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # `lexists` takes a name that is too long for one that is not there
         if os.path.lexists(path) and not (force and path.is_file()):
             remedy = "Add --force to overwrite it" if path.is_file() else "Choose another file"
             raise OutputExistsError(f"{path} exists", remedy)

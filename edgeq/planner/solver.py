@@ -35,6 +35,7 @@ from edgeq.planner.milp import branch_and_bound
 __all__ = ["Infeasible", "Item", "Limits", "Objective", "Option", "Solution", "k_best", "solve"]
 
 GAP = 1e-4
+TIME_GAP = 1e-3  # kernels are timed to a few percent
 TIME_LIMIT_S = 2.0
 _PRIORITY: tuple[Objective, ...] = ("memory_bytes", "file_bytes", "ns", "kld")
 
@@ -68,7 +69,7 @@ def solve(
     objective: Objective = "kld",
     *,
     exact: bool = True,
-    gap: float = GAP,
+    gap: float | None = None,
     time_limit_s: float = TIME_LIMIT_S,
     forbidden: Sequence[Mapping[str, str]] = (),
     distance: int = 1,
@@ -84,7 +85,8 @@ def solve(
         objective: the quantity whose sum is minimised.
         exact: prove the choice by a mixed-integer programme where the Lagrangian's own gap is larger than ``gap``;
             without scipy, or with far too many options for that, the Lagrangian's choice is given with its gap.
-        gap: a relative distance from the optimum that is near enough; 0 for the optimum itself.
+        gap: a relative distance from the optimum that is near enough; 0 for the optimum itself, None for `GAP`, or for
+            `TIME_GAP` where time is minimised.
         time_limit_s: for the proof; afterwards the best choice so far is given with its gap.
         forbidden: choices (of all items or of some) from which the solution must differ.
         distance: in how many items at least.
@@ -93,6 +95,8 @@ def solve(
         Infeasible: no choice meets the limits, with what would.
         ValueError: the items, limits or forbidden choices make no sense.
     """
+    if gap is None:
+        gap = TIME_GAP if objective == "ns" else GAP
     _check(limits, gap, distance)
     effort = _Effort(exact, gap, time_limit_s)
     solution, proven = _choose(items, limits, objective, effort, forbidden, distance)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgeq.converters.gguf.assemble import read_tensor
 from edgeq.converters.gguf.header import GgufHeader
-from edgeq.converters.gguf.sensitivity.compensate import Compensation, compensation, quantize_compensated
+from edgeq.converters.gguf.sensitivity.compensate import Compensation, compensation, quantize_compensated, refine
 from edgeq.converters.gguf.sensitivity.curvature import Curvature
 from edgeq.ggml_blocks import dequantize
 from edgeq.ggml_types import ggml_type
@@ -84,12 +84,15 @@ class Matrix:
         errors -= weights
         return errors
 
-    def blocks(self, kind: str) -> Bytes:
-        """The whole matrix in a type."""
+    def blocks(self, kind: str, *, refined: bool = True) -> Bytes:
+        """The whole matrix in a type; not refined it has the errors that `errors` tells."""
         if kind == self.stored:
             return self.raw
         rows = ggml_type(kind).row_bytes(self.n_columns)
         out = np.empty((len(self.raw), rows), np.uint8)
         for start, weights in self.parts():
-            out[start : start + len(weights)] = self.quantize(weights, kind)
+            made = self.quantize(weights, kind)
+            if refined:
+                made = refine(made, weights, kind, self.importance, self.compensations)
+            out[start : start + len(weights)] = made
         return out

@@ -189,7 +189,7 @@ def _scale_and_noise(coarse: float, coarse_kld: float, fine: float, fine_kld: fl
 
 def _round(matrix: Matrix, kind: str) -> tuple[npt.NDArray[np.uint8], float]:
     """A matrix's blocks, and half the squared error of its output, in the units that the scale turns into nats."""
-    blocks = matrix.blocks(kind)
+    blocks = matrix.blocks(kind, refined=False)
     error = 0.0
     for start, weights in matrix.parts():
         errors = dequantize(blocks[start : start + len(weights)], kind, matrix.n_columns)

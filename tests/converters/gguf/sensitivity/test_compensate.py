@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeq.converters.gguf.sensitivity.compensate import Compensation, compensation, quantize_compensated
+from edgeq.converters.gguf.sensitivity.compensate import (
+    Compensation,
+    compensation,
+    quantize_compensated,
+    refine,
+)
 from edgeq.ggml_blocks import dequantize, quantize_rows
+from edgeq.ggml_types import ggml_type
 
 Floats = npt.NDArray[np.float32]
 DAMPING = 0.1
@@ -130,7 +136,9 @@ def test_rows_are_independent(kind: str) -> None:
 def test_importance_is_cut_as_the_blocks_are() -> None:
     """ggml weighs importance with the mean square of what it is given: here of a block, otherwise of a whole row."""
     rows, weights = _rows(32, 96), np.linspace(0.01, 10.0, 96, dtype=np.float32)
-    nothing = Compensation(32, [np.zeros((32, 64), np.float32), np.zeros((32, 32), np.float32)])
+    nothing = Compensation(
+        32, [np.zeros((32, 64), np.float32), np.zeros((32, 32), np.float32)], np.eye(96, dtype=np.float32)
+    )
     found = quantize_compensated(rows, "q4_0", weights, {32: nothing})
     for start in range(0, 96, 32):
         block = quantize_rows(np.ascontiguousarray(rows[:, start : start + 32]), "q4_0", weights[start : start + 32])
@@ -166,3 +174,32 @@ def test_correlations_in_half_precision_may_be_indefinite() -> None:
     errors = dequantize(quantize_compensated(rows, "q4_0", None, compensations), "q4_0", n_columns) - rows
     plain = dequantize(quantize_rows(rows, "q4_0"), "q4_0", n_columns) - rows
     assert np.square(errors).mean() < 2 * np.square(plain).mean()
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "iq4_nl", "q4_k", "iq3_s"])
+@pytest.mark.parametrize("rank", [8, 600])
+def test_going_through_a_row_again_lowers_its_error(kind: str, rank: int) -> None:
+    h = _curvature(512, rank, 3, common=1.0)
+    rows = _rows(40, 512)
+    compensations = compensation(h, (32, 256))
+    importance = np.ascontiguousarray(np.diag(h))
+    first = quantize_compensated(rows, kind, importance, compensations)
+    again = refine(first, rows, kind, importance, compensations)
+    assert again.shape == first.shape
+    damped = compensations[ggml_type(kind).block_weights].curvature
+    costs = [np.einsum("ij,ij->i", e @ damped, e) for e in (dequantize(b, kind, 512) - rows for b in (first, again))]
+    assert (costs[1] <= costs[0] * (1 + 1e-4)).all(), "no row gets worse"
+    assert costs[1].sum() < 0.99 * costs[0].sum()
+    # Rows are independent, and what is right already stays.
+    one = refine(first[7:9], rows[7:9], kind, importance, compensations)
+    assert np.mean(one == again[7:9]) > 0.98
+    exact = dequantize(again, kind, 512)
+    settled = quantize_compensated(exact, "q8_0", importance, {})
+    assert np.array_equal(refine(settled, exact, "q8_0", importance, {}), settled)
+
+
+def test_floats_and_other_blocks_are_not_refined() -> None:
+    compensations = compensation(_curvature(64, 80, 1), (32,))
+    rows = _rows(3, 64)
+    halves = quantize_rows(rows, "f16")
+    assert refine(halves, rows, "f16", None, compensations) is halves

@@ -33,11 +33,17 @@ def test_parts_are_all_rows_in_order(wide: GgufHeader, correlated: Matrix, monke
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k", "iq3_s", "bf16"])
 def test_blocks_are_the_parts_that_were_priced(kind: str, correlated: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_module, "CHUNK_WEIGHTS", 50 * 512)
-    blocks = correlated.blocks(kind)
+    blocks, refined = (correlated.blocks(kind, refined=refined) for refined in (False, True))
+    costs = [0.0, 0.0]
     for start, weights in correlated.parts():
         part = blocks[start : start + len(weights)]
         assert np.array_equal(part, correlated.quantize(weights, kind))
-        assert np.array_equal(dequantize(part, kind, 512) - weights, correlated.errors(weights, kind))
+        errors = dequantize(part, kind, 512) - weights
+        assert np.array_equal(errors, correlated.errors(weights, kind))
+        fewer = dequantize(refined[start : start + len(weights)], kind, 512) - weights
+        for index, found in enumerate((errors, fewer)):
+            costs[index] += correlated.curvature.weight_kld(found, start, correlated.column_matrix)
+    assert costs[1] == costs[0] if kind == "bf16" else costs[1] < costs[0], "what is written is a little better"
 
 
 def test_the_stored_type_is_a_copy_of_the_file(wide: GgufHeader, correlated: Matrix) -> None:
