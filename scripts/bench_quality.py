@@ -52,7 +52,7 @@ from scripts.quality_controls import greedy_by_size, mse_only, random_mixes
 
 _CONTROL_TOKENS, _SINGLE_TOKENS = 2048, 1024
 _SPEED_TOKENS = 96
-_ROOM = 0.97
+_ROOM = 0.92
 _MAIN = ("q4_k_m", "iq4_xs")
 
 
