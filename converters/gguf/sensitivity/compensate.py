@@ -7,8 +7,8 @@ its type, whatever that does with scales, and the file is an ordinary GGUF.
 
 The first blocks of a row know nothing of the errors that come after them. So the row is gone through again: with all
 other errors as they are, the best error of columns B is ``-e_R H_RB H_BB^-1``, and a block that is made for it replaces
-the old one if the row's ``e H e^T`` falls. What this takes off (2 to 7 % of the KL divergence of whole mixes of SmolLM2)
-is left out of prices, for its time.
+the old one if the row's ``e H e^T`` falls. What this takes off (2 to 7 % of the KL divergence of whole mixes of
+SmolLM2) is left out of prices, for its time.
 """
 
 from __future__ import annotations
