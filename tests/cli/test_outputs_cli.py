@@ -98,6 +98,7 @@ def _full(bundle: Path) -> Any:
         "text": "prose",
         "text_sha256": "0" * 64,
         "overlap": 0.001,
+        "kv_type": "q8_0",
     }
     return manifest
 
@@ -107,9 +108,8 @@ def test_inspect_shows_the_quality(bundle: Path, cli: RunCli) -> None:
     manifest = _full(bundle)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     shown = cli("inspect", bundle).stdout
-    assert (
-        "quality  against the f16 reference over 5120 tokens in 20 chunks of prose, 0.10% of it calibrated on" in shown
-    )
+    read = "5120 tokens in 20 chunks of prose, 0.10% of it calibrated on, with a KV cache in q8_0"
+    assert f"quality  against the f16 reference over {read}" in shown
     assert "mean KL 0.0500 (0.0400 to 0.0600), 99 % 0.500, 99.9 % 1.000, max 3.00, noise floor 1.0e-06 nats" in shown
     assert "same top token 90.0% (88.0% to 92.0%), perplexity ratio 1.0200; intervals at 95%" in shown
     assert json.loads(cli("inspect", bundle, "--json").stdout)["quality"] == manifest["quality"]

@@ -1,5 +1,6 @@
 """Nats for each (tensor, type): ggml's own blocks, read back and weighted by the curvature.
 
+What is written is a little better, since its blocks are made again (`edgeq.converters.gguf.sensitivity.compensate`).
 Each entry is made once and cached on disk under everything that it depends on, so that an interrupted search goes on
 where it was and a further budget costs nothing.
 """

@@ -66,17 +66,17 @@ def run(tmp_path: Path, wide: GgufHeader, made_up: Curvatures) -> _Run:
 
 
 def _truth(run: _Run, name: str, kind: str) -> float:
-    """The quadratic form written out, in float64, over blocks that were made in one go."""
+    """The quadratic form written out, in float64, over blocks that were made in one go, and not again."""
     curvature, header = run.curvatures.by_tensor[name], run.header
     n_columns = header.tensors[name].shape[0]
     weights = dequantize(read_tensor(header, name), "f16", n_columns)
-    made = Matrix.of(header, name, curvature, run.importance[name]).blocks(kind)
+    made = Matrix.of(header, name, curvature, run.importance[name]).blocks(kind, refined=False)
     errors = (dequantize(made, kind, n_columns) - weights).astype(np.float64)
     columns = curvature.column_matrix().astype(np.float64)
     return 0.5 * float(curvature.rows @ np.einsum("ij,jk,ik->i", errors, columns, errors))
 
 
-def test_a_price_is_the_curvature_of_the_blocks_that_are_written(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_price_is_the_curvature_of_blocks_of_ggml(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_module, "CHUNK_WEIGHTS", 100 * 256)  # several parts, none a divisor of the rows
     menu = {Q: ("q4_0", "q4_k", "iq3_s"), EMBEDDING: ("q5_1", "q6_k"), "blk.0.ffn_down.weight": ("q8_0", "f16")}
     found = run(menu)
