@@ -208,7 +208,7 @@ def held_out_text(reference: Path, path: Path | None, max_tokens: int, part: int
         path: the user's; None for the text inside Python.
         max_tokens: of it.
         part: how many pieces of that length to pass over, so that each judgement has a text of its own; a text that is
-            too short for it is read from its beginning.
+            too short for it is read again, and its name says so.
     """
     upto = max_tokens * (part + 1)
     if path is None:
@@ -224,10 +224,11 @@ def _part(text: TokenText, max_tokens: int, part: int) -> TokenText:
     ends = np.cumsum([len(chunk) for chunk in text.chunks])
     starts = ends - [len(chunk) for chunk in text.chunks]
     chosen = starts >= max_tokens * part
+    name = text.name if part == 0 else f"{text.name}, part {part + 1}"
     if part and int((ends - starts)[chosen].sum()) < max_tokens // 2:
-        chosen = starts < max_tokens
+        chosen, name = starts < max_tokens, f"{text.name}, read {part + 1} times"
     chunks = tuple(chunk for chunk, here in zip(text.chunks, chosen.tolist(), strict=True) if here)
-    return dataclasses.replace(text, chunks=chunks, n_tokens=sum(map(len, chunks)))
+    return dataclasses.replace(text, chunks=chunks, n_tokens=sum(map(len, chunks)), name=name)
 
 
 def front_of(

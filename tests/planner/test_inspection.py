@@ -126,7 +126,13 @@ def test_each_judgement_has_a_text_of_its_own(tiny_problem: Problem, tmp_path: P
     # A file that is too short for a second part is read again.
     path = tmp_path / "short.txt"
     path.write_text("the robot moves its arm to the shelf and waits for the camera " * 20)
-    first, second = (held_out_text(reference, path, 400, part) for part in (0, 9))
+    first, second = (held_out_text(reference, path, 400, part) for part in (0, 2))
+    assert [text.name for text in (*parts[1:], first, second)] == [
+        f"{parts[0].name}, part 2",
+        f"{parts[0].name}, part 3",
+        "short.txt",
+        "short.txt, read 3 times",
+    ]
     assert [chunk.tolist() for chunk in first.chunks] == [chunk.tolist() for chunk in second.chunks]
 
 

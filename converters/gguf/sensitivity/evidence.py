@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int, str], None]
 Floats = npt.NDArray[np.float32]
 
 _FLOOR = 1e-3  # of the mean importance: a column that calibration never saw may still be needed
-_VERSION = 5  # of everything that is cached here
+_VERSION = 6  # of everything that is cached here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +262,8 @@ def _probed(basis: _Basis) -> dict[str, Curvature]:
         inputs if basis.given is None else weighted_by(basis.given, inputs),
         basis.text.chunks,
         cache=basis.cache,
-        key=basis.key("imatrix"),
+        # Memory decides whether there are correlations to try.
+        key=fingerprint(basis.key("imatrix"), any(c.correlation is not None for c in inputs.values())),
         work=shop.folder,
         threads=shop.threads,
         progress=shop.stage("probe"),

@@ -69,7 +69,7 @@ def weight_errors(
     result: dict[str, dict[str, float]] = {}
     missing: dict[str, list[str]] = {}
     for name, types in menu.items():
-        entry = cache.get(_key(name, suffix), _Entry)
+        entry = cache.get(_key(name, curvatures.by_tensor[name], suffix), _Entry)
         known = {} if entry is None else {k: v for k, v in entry.kld.items() if math.isfinite(v)}
         result[name] = known
         if absent := [kind for kind in types if kind not in known]:
@@ -89,7 +89,7 @@ def weight_errors(
             for job in as_completed(jobs):
                 name = jobs[job]
                 result[name].update(job.result())
-                cache.put(_key(name, suffix), _Entry(result[name]))
+                cache.put(_key(name, curvatures.by_tensor[name], suffix), _Entry(result[name]))
                 done += math.prod(header.tensors[name].shape)
                 progress(done, total, name)
         except BaseException:
@@ -98,8 +98,9 @@ def weight_errors(
     return {name: {kind: result[name][kind] for kind in types} for name, types in menu.items()}
 
 
-def _key(tensor: str, suffix: str) -> str:
-    return f"{suffix}-{fingerprint(tensor)}"
+def _key(tensor: str, curvature: Curvature, suffix: str) -> str:
+    """Memory may have allowed no correlations, whatever the curvatures' own key says they are measured from."""
+    return f"{suffix}-{fingerprint(tensor, curvature.correlation is not None)}"
 
 
 def _price(

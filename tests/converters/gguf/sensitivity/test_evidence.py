@@ -18,6 +18,7 @@ from edgeq.converters.gguf.export import export_gguf
 from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.gguf.imatrix import Activations, ImportanceMatrix, write_imatrix
 from edgeq.converters.gguf.sensitivity import evidence as module
+from edgeq.converters.gguf.sensitivity import inputs
 from edgeq.converters.gguf.sensitivity.evidence import Evidence, EvidenceRequest, Workshop, gather
 from edgeq.errors import MissingPackageError, UnsupportedModelError, UsageError
 
@@ -372,6 +373,20 @@ def test_too_little_memory_for_gradients(bench: Bench, monkeypatch: pytest.Monke
     assert f"need about {n_params * 10**9 / 2**30:.1f} GiB" in found.notes[0]
     with pytest.raises(UsageError, match="backward passes need about"):
         bench.gather(dataclasses.replace(FISHER, estimator="fisher"))
+
+
+def test_without_memory_for_correlations_the_plan_says_so_and_the_next_run_tries_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as little:
+        little.setattr(inputs, "correlation_bytes", lambda _lengths: 1 << 62)
+        without = bench.gather(PLAIN)
+    assert not without.compensated
+    assert "rounding errors of 3 of 3 matrices" in without.notes[0]
+    bench.stages.take()
+    found = bench.gather(PLAIN)
+    assert "collect imatrix" in bench.stages.take()
+    assert (found.compensated, found.notes) == (True, ())
 
 
 def test_a_model_that_torch_cannot_take(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
