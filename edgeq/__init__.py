@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from edgeq.planner.convert import Job as Job
     from edgeq.planner.convert import convert as convert
     from edgeq.planner.plan import Request as Request
+    from edgeq.profiles.device import DeviceProfile as DeviceProfile
     from edgeq.profiles.loader import load_profile as load_profile
     from edgeq.report import Report as Report
     from edgeq.runtime.generation import Generation as Generation
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from edgeq.runtime.session import load as load
     from edgeq.runtime.stream import TokenStream as TokenStream
     from edgeq.types import Budget as Budget
-    from edgeq.types import DeviceProfile as DeviceProfile
     from edgeq.types import Manifest as Manifest
     from edgeq.types import ModelSource as ModelSource
     from edgeq.types import Plan as Plan
@@ -78,7 +78,8 @@ _HOMES = {
     "edgeq.runtime.llm": ("LLMSession",),
     "edgeq.runtime.session": ("load",),
     "edgeq.runtime.stream": ("TokenStream",),
-    "edgeq.types": ("Budget", "DeviceProfile", "Manifest", "ModelSource", "Plan"),
+    "edgeq.profiles.device": ("DeviceProfile",),
+    "edgeq.types": ("Budget", "Manifest", "ModelSource", "Plan"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -34,6 +34,7 @@ class TypeTraits(ctypes.Structure):
 
 # Pointers to what C alone looks into are plain addresses.
 _P, _I, _L, _Z, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
+_F = ctypes.c_float
 # Result and arguments of each function, from ggml.h and ggml-backend.h.
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_init": (_P, (InitParams,)),
@@ -42,6 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_graph_overhead_custom": (_Z, (_Z, ctypes.c_bool)),
     "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), (_I,)),
     "ggml_quantize_chunk": (_Z, (_I, _P, _P, _L, _L, _L, _P)),
+    "ggml_new_tensor_1d": (_P, (_P, _I, _L)),
     "ggml_new_tensor_2d": (_P, (_P, _I, _L, _L)),
     "ggml_new_tensor_3d": (_P, (_P, _I, _L, _L, _L)),
     "ggml_get_name": (_TEXT, (_P,)),
@@ -49,6 +51,15 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_nbytes": (_Z, (_P,)),
     "ggml_mul_mat": (_P, (_P, _P, _P)),
     "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
+    "ggml_mul_mat_set_hint": (None, (_P, _I)),
+    "ggml_prec_set_acc": (ctypes.c_bool, (_P, _I)),
+    "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, _F, _F, _F)),
+    "ggml_set_rows": (_P, (_P, _P, _P, _P)),
+    "ggml_view_2d": (_P, (_P, _P, _L, _L, _Z, _Z)),
+    "ggml_view_4d": (_P, (_P, _P, _L, _L, _L, _L, _Z, _Z, _Z, _Z)),
+    "ggml_permute": (_P, (_P, _P, _I, _I, _I, _I)),
+    "ggml_reshape_2d": (_P, (_P, _P, _L, _L)),
+    "ggml_reshape_3d": (_P, (_P, _P, _L, _L, _L)),
     "ggml_new_graph_custom": (_P, (_P, _Z, ctypes.c_bool)),
     "ggml_build_forward_expand": (None, (_P, _P)),
     "ggml_backend_alloc_ctx_tensors_from_buft": (_P, (_P, _P)),

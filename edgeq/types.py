@@ -18,15 +18,12 @@ from edgeq.search_record import Calibration, SearchRecord, Trial
 __all__ = [
     "BUDGET_LINES",
     "Artifact",
-    "Backend",
     "Budget",
     "BudgetLine",
     "BundleFile",
     "Calibration",
-    "DeviceProfile",
     "Fallback",
     "Manifest",
-    "Memory",
     "ModelSource",
     "Plan",
     "Prediction",
@@ -131,82 +128,6 @@ def merge_budgets(base: Budget, override: Budget) -> Budget:
     """``base`` with every line that ``override`` constrains replaced."""
     chosen = {f: v for f in Budget.__struct_fields__ if (v := getattr(override, f)) is not None}
     return msgspec.structs.replace(base, **chosen)
-
-
-class Memory(Record, frozen=True, kw_only=True):
-    """A device's memory.
-
-    Attributes:
-        total_bytes: what the operating system sees.
-        reserved_bytes: kept free for the operating system and the rest of the robot's software.
-        unified: one memory for CPU and GPU.
-        bandwidth_bytes_per_s: peak.
-    """
-
-    total_bytes: int
-    reserved_bytes: int
-    unified: bool
-    bandwidth_bytes_per_s: float
-
-    @property
-    def usable_bytes(self) -> int:
-        """What a bundle may take."""
-        return self.total_bytes - self.reserved_bytes
-
-
-class Backend(Record, frozen=True, kw_only=True):
-    """One way to run models on a device.
-
-    Attributes:
-        name: ``"llama.cpp-cpu"``, ``"llama.cpp-cuda"``.
-        decode_efficiency: share of the peak bandwidth that decoding reaches, 0 to 1.
-        compute_flops_per_s: sustained operations a second when a prompt is processed, two for a multiply-add.
-        token_overhead_ms: per decoded token, whatever the model's size.
-        runtime_bytes: of the process before any model is loaded.
-        device_overhead_bytes: driver, context and workspace on the accelerator.
-    """
-
-    name: str
-    decode_efficiency: float
-    compute_flops_per_s: float
-    token_overhead_ms: float
-    runtime_bytes: int
-    device_overhead_bytes: int = 0
-
-
-class DeviceProfile(Record, frozen=True, kw_only=True):
-    """What a device is, with a source for each number.
-
-    Attributes:
-        name: the profile's own name.
-        aliases: other names that users type.
-        summary: one line for people.
-        arch: ``"x86_64"``, ``"aarch64"`` or ``"any"``.
-        accelerator: ``"cpu"`` or ``"cuda:sm_87"``.
-        threads: how many a session uses; None leaves it to the machine's physical cores.
-        memory: see `Memory`.
-        backends: in order of preference.
-        budget: a robot's default limits.
-        provenance: ``"datasheet"`` or ``"measured"``.
-        sources: dotted field path to where its number comes from.
-    """
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    summary: str
-    arch: str
-    accelerator: str
-    threads: int | None = None
-    memory: Memory
-    backends: tuple[Backend, ...]
-    budget: Budget = Budget()
-    provenance: Literal["datasheet", "measured"]
-    sources: dict[str, str]
-
-    @property
-    def backend(self) -> Backend:
-        """The preferred one."""
-        return self.backends[0]
 
 
 class Fallback(Record, frozen=True, kw_only=True):

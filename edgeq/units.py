@@ -14,7 +14,9 @@ __all__ = [
     "parse_bandwidth",
     "parse_bytes",
     "parse_flops",
+    "parse_hertz",
     "parse_ms",
+    "parse_operations",
     "parse_rate",
     "parse_watts",
 ]
@@ -86,6 +88,16 @@ def parse_bandwidth(text: str) -> float:
 def parse_flops(text: str) -> float:
     """``"60GFLOP/s"`` to floating-point operations a second. Raises UsageError as `parse_bytes` does."""
     return _parse(text, {"gflop/s": 1e9, "tflop/s": 1e12}, "a compute rate", "60GFLOP/s")
+
+
+def parse_operations(text: str) -> float:
+    """``"33TOPS"`` to operations a second. Raises UsageError as `parse_bytes` does."""
+    return _parse(text, {"gops": 1e9, "tops": 1e12}, "a compute rate", "33TOPS")
+
+
+def parse_hertz(text: str) -> float:
+    """``"1020MHz"`` to hertz. Raises UsageError as `parse_bytes` does."""
+    return _parse(text, {"khz": 1e3, "mhz": 1e6, "ghz": 1e9}, "a frequency", "1020MHz")
 
 
 def parse_watts(text: str) -> float:

@@ -18,20 +18,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgeq.errors import SessionError
-from edgeq.ggml_kernels import CpuBackend, Matrices, MatrixSet
+from edgeq.ggml_backend import CpuBackend
+from edgeq.ggml_kernels import Matrices, MatrixSet
 from edgeq.ggml_types import GgmlType, ggml_type
-from edgeq.llama import Context, Model, versions
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts, Matrix, Overhead
+from edgeq.llama import Context, versions
+from edgeq.profiles.cost_table import CostEntry, DecodeCosts, Matrix
 from edgeq.profiles.sample_weights import sample_blocks, sample_vector
 
 __all__ = [
     "decode_times",
     "default_working_set",
+    "free_bytes",
     "last_level_cache_bytes",
     "legal_matrices",
     "machine_name",
     "measure_matrices",
-    "measure_overhead",
     "other_busy_cpus",
     "undisturbed",
 ]
@@ -101,7 +102,7 @@ def measure_matrices(
         UsageError: a type that there is not, or a number of threads that cannot be.
         SessionError: too little memory.
     """
-    free = _free_bytes() // _MEMORY_SHARE
+    free = free_bytes() // _MEMORY_SHARE
     working_set = min(working_set_bytes or default_working_set(), free)
     by_type: dict[str, list[tuple[int, int]]] = {}
     for name, shape in matrices:
@@ -277,48 +278,11 @@ def other_busy_cpus(seconds: float) -> float:
     return meter.busy_cpus()
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
+    """Memory that programs can have without swapping."""
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def measure_overhead(
-    gguf: Path,
-    matrices: Mapping[Matrix, int],
-    costs: DecodeCosts,
-    *,
-    threads: int | None = None,
-    tokens: int = 48,
-) -> Overhead:
-    """What a token of a model costs beside its matrices, from a real decode at a short context.
-
-    Args:
-        gguf: the model, in the types that ``matrices`` says.
-        matrices: of one token, from `decoded_matrices`.
-        costs: the table; measured on this machine not long ago.
-        threads: None for the table's.
-        tokens: to time, after a few that are not.
-
-    Raises:
-        SessionError: the model cannot be loaded or run.
-        UsageError: the table lacks a type of the model.
-    """
-    matrices_ns = costs.token_ns(matrices)
-    warm_up = 8
-    with Model.load(gguf) as model:
-        length = warm_up + tokens
-        with Context(model, context_tokens=length, batch_tokens=32, threads=threads or costs.threads) as context:
-            times = decode_times(context, length)[warm_up:]
-    token_ns, spread = undisturbed(times)
-    return Overhead(
-        ns=token_ns - matrices_ns,
-        token_ns=token_ns,
-        matrices_ns=matrices_ns,
-        spread=spread,
-        context_tokens=warm_up + tokens // 2,
-        n=len(times),
-    )
 
 
 def decode_times(context: Context, tokens: int) -> list[float]:

@@ -15,9 +15,8 @@ import msgspec
 from edgeq.errors import UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.record import Count, Record, Threads
-from edgeq.types import DeviceProfile
 
-__all__ = ["CostEntry", "DecodeCosts", "Matrix", "Overhead", "datasheet_costs", "decoded_matrices"]
+__all__ = ["CostEntry", "DecodeCosts", "Matrix", "decoded_matrices"]
 
 Matrix = tuple[str, tuple[int, int]]
 
@@ -70,6 +69,7 @@ class DecodeCosts(Record, frozen=True, kw_only=True):
         busy_cpus: CPUs that other processes kept busy on average meanwhile, the most of all runs; None if unknown.
         working_set_bytes: bytes of weights that were cycled through, as a model of that size is for each token.
         bytes_per_s: a datasheet's effective bandwidth, the rule for types without an entry; None if measured.
+        flops_per_s: a datasheet's throughput, which limits that rule.
         entries: at most one for each type and shape.
     """
 
@@ -83,6 +83,7 @@ class DecodeCosts(Record, frozen=True, kw_only=True):
     busy_cpus: _NotNegative | None = None
     working_set_bytes: Count = 0
     bytes_per_s: _Positive | None = None
+    flops_per_s: _Positive | None = None
     entries: tuple[CostEntry, ...] = ()
 
     def __post_init__(self) -> None:
@@ -118,7 +119,8 @@ class DecodeCosts(Record, frozen=True, kw_only=True):
         known = [entry for entry in self.entries if entry.type == kind.name]
         if not known:
             if self.bytes_per_s is not None:
-                return 1e9 * rows * kind.row_bytes(columns) / self.bytes_per_s
+                computing = 0.0 if self.flops_per_s is None else 1e9 * 2 * rows * columns / self.flops_per_s
+                return max(1e9 * rows * kind.row_bytes(columns) / self.bytes_per_s, computing)
             raise UsageError(
                 f"the cost of {kind.name} was not measured", "Measure it with costs_for of edgeq.profiles.decode_costs"
             )
@@ -142,26 +144,6 @@ def _ns_per_weight(entries: list[CostEntry], rows: int) -> float:
     return (1 - share) * below.ns_per_weight + share * above.ns_per_weight
 
 
-class Overhead(Record, frozen=True, kw_only=True):
-    """What a decoded token costs beside its matrices: attention, norms, cache, choosing the next token.
-
-    Attributes:
-        ns: ``token_ns`` less ``matrices_ns``; below zero if the table is too slow for this model.
-        token_ns: time of a token in a real decode, the lower quartile.
-        matrices_ns: the table's sum for the same token.
-        spread: half the distance between the quartiles of the tokens' times, as a share of ``token_ns``.
-        context_tokens: tokens in the cache in the middle of the measurement.
-        n: tokens that were timed.
-    """
-
-    ns: float
-    token_ns: _Positive
-    matrices_ns: _Positive
-    spread: _NotNegative
-    context_tokens: Count
-    n: Annotated[int, msgspec.Meta(ge=1)]
-
-
 def decoded_matrices(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[Matrix, int]:
     """The matrices that one decoded token is multiplied with, and how often each occurs.
 
@@ -179,18 +161,3 @@ def decoded_matrices(types: Mapping[str, str], shapes: Mapping[str, tuple[int, .
         matrix = (types[name], (shape[0], shape[1]))
         counts[matrix] = counts.get(matrix, 0) + math.prod(shape[2:])
     return counts
-
-
-def datasheet_costs(profile: DeviceProfile) -> DecodeCosts:
-    """Costs on a device that was not measured: bytes over the bandwidth that its preferred backend reaches.
-
-    It knows nothing of kernels, so types of equal bytes cost the same: marked ``measured=False``.
-    """
-    return DecodeCosts(
-        measured=False,
-        machine=profile.name,
-        arch=profile.arch,
-        threads=profile.threads,
-        llama_cpp="",
-        bytes_per_s=profile.memory.bandwidth_bytes_per_s * profile.backend.decode_efficiency,
-    )

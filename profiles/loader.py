@@ -1,81 +1,87 @@
-"""Find, read and check device profiles.
+"""Find device profiles: the shipped ones, those in the user's folders, and files; follow what they extend.
 
-A profile is YAML with the fields of `edgeq.types.DeviceProfile`. Quantities carry their unit (``8GiB``, ``102.4GB/s``,
-``15W``): a bare number where bytes are meant is an error, and so is a number without a source.
+A profile is YAML with the fields of `edgeq.profiles.device.DeviceProfile`. Quantities carry their unit (``8GiB``,
+``102.4GB/s``, ``15W``): a bare number where bytes are meant is an error, and so is a number without a source.
+``extends: NAME`` takes everything from another profile that this one does not say; mappings are merged key by key
+(backends and power modes by their names), lists are replaced, and ``null`` takes a thing away.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import re
-from collections.abc import Callable, Mapping
-from importlib import resources
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
-from edgeq.errors import EdgeqError, ProfileError, UsageError
+from edgeq.errors import ProfileError
+from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.profile_files import Candidate, ProfileFile, candidates, is_path, read_file
+from edgeq.profiles.schema import check_sources, check_words, profile_from, sources_of
 from edgeq.registry import nearest
-from edgeq.strict_yaml import load_yaml
-from edgeq.types import DeviceProfile
-from edgeq.units import parse_bandwidth, parse_bytes, parse_flops, parse_ms, parse_watts
 
-__all__ = ["load_profile", "parse_profile", "profile_names"]
+__all__ = ["Known", "known_profiles", "load_profile", "parse_profile", "profile_names"]
 
-_ARCHITECTURES = ("x86_64", "aarch64", "any")
-_ACCELERATOR = re.compile(r"cpu|cuda:sm_\d{2,3}")
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS
-
-# Longest suffix first: "_bytes_per_s" also ends like a rate, but never like "_bytes".
-_UNITS: tuple[tuple[str, Callable[[str], float]], ...] = (
-    ("_bytes_per_s", parse_bandwidth),
-    ("_flops_per_s", parse_flops),
-    ("_bytes", parse_bytes),
-    ("_ms", parse_ms),
-    ("_w", parse_watts),
-)
+# These belong to one profile alone.
+_NOT_INHERITED = ("name", "aliases", "extends", "measured", "sources")
+_LONGEST_CHAIN = 16  # of profiles that extend each other
 
 
-@functools.cache
-def _builtin() -> Mapping[str, DeviceProfile]:
-    """The shipped profiles by name."""
-    profiles: dict[str, DeviceProfile] = {}
-    for item in sorted(resources.files("edgeq.profiles").iterdir(), key=lambda i: i.name):
-        if item.name.endswith(".yaml"):
-            profile = parse_profile(item.read_text(encoding="utf-8"), item.name)
-            profiles[profile.name] = profile
-    return profiles
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A profile that can be named.
+
+    Attributes:
+        name: its own; the file's, if the file is not valid.
+        origin: ``"edgeq"``, or the file.
+        profile: None if the file is not valid.
+        error: why it is not, or why its name does not lead to it.
+    """
+
+    name: str
+    origin: str
+    profile: DeviceProfile | None
+    error: ProfileError | None = None
 
 
 def profile_names() -> dict[str, str]:
-    """Every name and alias that `load_profile` knows, with the profile that it means."""
-    names = {name: name for name in _builtin()}
-    for profile in _builtin().values():
-        for alias in profile.aliases:
-            if alias in names:
-                raise ProfileError(f"The name {alias!r} belongs to two profiles", "Report this as a bug of edgeq")
-            names[alias] = profile.name
+    """Every name and alias of a profile that can be read, with the name of the profile that it means."""
+    names: dict[str, str] = {}
+    for file in _files():
+        for name in file.names:
+            names.setdefault(name, file.names[0])
     return names
+
+
+def known_profiles() -> list[Known]:
+    """Every profile that can be named, the shipped ones first; a user's file that is not valid is told, not raised."""
+    found = candidates()
+    return [_known(candidate, found[:index]) for index, candidate in enumerate(found)]
+
+
+def _known(candidate: Candidate, earlier: list[Candidate]) -> Known:
+    file, error = candidate.file, candidate.error
+    if file is None:
+        return Known(candidate.name, candidate.origin, None, error)
+    try:
+        profile = _resolve(file)
+    except ProfileError as problem:
+        return Known(file.names[0] if file.names else candidate.name, candidate.origin, None, problem)
+    for other in earlier:
+        shared = set(file.names).intersection(other.file.names if other.file is not None else ())
+        if shared:
+            return Known(profile.name, candidate.origin, None, _two(min(shared), candidate.origin, other.origin))
+    return Known(profile.name, candidate.origin, profile)
 
 
 def load_profile(name: str) -> DeviceProfile:
     """The profile of that name or alias, or from that YAML file.
 
+    Args:
+        name: a name or an alias in upper or lower case, or a path that ends in ``.yaml`` or ``.yml`` or holds a slash.
+
     Raises:
-        ProfileError: there is none, with the nearest names; or it is not valid.
+        ProfileError: there is none, with the nearest names; two profiles share the name; or it is not valid.
     """
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        try:
-            return parse_profile(Path(name).read_text(encoding="utf-8"), name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"The profile {name} cannot be read: {error}", "Check the path") from error
-    known = profile_names()
-    if name not in known:
-        close = nearest(name, list(known)) or sorted(known)
-        raise ProfileError(f"There is no device {name!r}", f"Choose one of {', '.join(close)}, or give a YAML file")
-    return _builtin()[known[name]]
+    return _resolve(read_file(name) if is_path(name) else _find(name))
 
 
 def parse_profile(text: str, where: str) -> DeviceProfile:
@@ -83,90 +89,109 @@ def parse_profile(text: str, where: str) -> DeviceProfile:
 
     Args:
         text: the YAML.
-        where: its file, for messages.
+        where: its file, for messages, and for what it extends beside it.
 
     Raises:
         ProfileError: no YAML, an unknown or missing key, a quantity without its unit, numbers that contradict each
-            other, or a number without a source.
+            other, a number without a source, or a loop of profiles that extend each other.
     """
+    return _resolve(ProfileFile(where, text))
+
+
+def _resolve(file: ProfileFile) -> DeviceProfile:
+    return profile_from(_merged(file, ()), file.where)
+
+
+def _merged(file: ProfileFile, below: tuple[ProfileFile, ...]) -> dict[str, Any]:
+    """One file over all that it extends. Each file's numbers need its own sources, and keep them."""
+    raw = file.raw
+    check_words(raw, file.where)
+    check_sources(raw, file.where)
+    if raw.get("extends") is None:
+        return _merge({}, raw)
+    parent = _parent(file)
+    chain = (*below, file)
+    if parent.identity in [entry.identity for entry in chain]:
+        start = [entry.identity for entry in chain].index(parent.identity)
+        loop = " extends ".join(entry.where for entry in (*chain[start:], parent))
+        raise ProfileError(f"The profiles extend each other: {loop}", "Remove one extends")
+    if len(chain) >= _LONGEST_CHAIN:
+        raise ProfileError(f"{chain[0].where} extends more than {_LONGEST_CHAIN} profiles in a row", "Extend fewer")
+    base = _merged(parent, chain)
+    inherited = {key: value for key, value in base.items() if key not in _NOT_INHERITED}
+    if "measured" not in raw:
+        inherited["provenance"] = "datasheet"
+    _refuse_idle_nulls(raw, inherited, "", file.where)
+    merged = _merge(inherited, raw)
+    # By value, since a source for a whole part of one file would cover values of the other.
+    kept = set(_leaves(merged, "")) - set(_leaves(raw, ""))
+    merged["sources"] = {path: source for path, source in sources_of(base).items() if path in kept} | sources_of(raw)
+    return merged
+
+
+def _parent(file: ProfileFile) -> ProfileFile:
+    name: str = file.raw["extends"]
     try:
-        raw = load_yaml(text, where)
-    except UsageError as error:
-        raise ProfileError(error.cause, error.remedy) from error
-    if not isinstance(raw, dict):
-        raise ProfileError(f"{where} holds no mapping", "Write keys such as name and memory")
-    try:
-        profile = msgspec.convert(_with_units(raw, ""), DeviceProfile)
-    except msgspec.ValidationError as error:
-        raise ProfileError(f"{where} is no valid profile: {error}", "Correct that key") from error
-    except EdgeqError as error:
-        raise ProfileError(f"{where} is no valid profile: {error.cause}", error.remedy) from error
-    _check(profile, raw, where)
-    return profile
+        if is_path(name):
+            return read_file(name, beside=file)
+        if name.lower() in file.names and not any(f.identity != file.identity for f in _files() if name in f.names):
+            return file
+        return _find(name, besides=file)
+    except ProfileError as error:
+        raise ProfileError(f"{file.where} extends {name!r}: {error.cause}", error.remedy) from error
 
 
-def _with_units(value: Any, path: str) -> Any:  # noqa: ANN401 - YAML holds anything
-    """Plain YAML data with every quantity turned into a number of its base unit."""
-    if isinstance(value, dict):
-        return {key: _with_units(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_units(item, f"{path}.{index}") for index, item in enumerate(value)]
-    for suffix, parse in _UNITS:
-        if path.endswith(suffix) and value is not None and not path.startswith("sources."):
-            if not isinstance(value, str):
-                raise UsageError(f"{path} is {value!r} without a unit", "Write the unit, such as 8GiB, 68GB/s or 15W")
-            return parse(value) if value != "0" else 0
-    return value
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings key by key; whatever else is replaced, and what is null taken away."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            under = merged.get(key)
+            merged[key] = _merge(under if isinstance(under, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
 
 
-def _check(profile: DeviceProfile, raw: Mapping[str, Any], where: str) -> None:
-    if profile.arch not in _ARCHITECTURES:
-        raise ProfileError(f"{where} has the arch {profile.arch!r}", f"Use one of {', '.join(_ARCHITECTURES)}")
-    if not _ACCELERATOR.fullmatch(profile.accelerator):
-        raise ProfileError(
-            f"{where} has the accelerator {profile.accelerator!r}", "Use cpu, or cuda:sm_87 and its like"
-        )
-    if not profile.backends:
-        raise ProfileError(f"{where} names no backend", "Add one under backends")
-    _check_range(profile, where)
-    memory = profile.memory
-    if memory.reserved_bytes >= memory.total_bytes:
-        raise ProfileError(f"{where} reserves all of the device's memory", "Correct memory.reserved_bytes")
-    limit = profile.budget.peak_memory_bytes
-    if limit is not None and limit > memory.usable_bytes:
-        raise ProfileError(f"The budget of {where} is larger than its usable memory", "Lower peak_memory_bytes")
-    missing = [path for path in _numbers(raw, "") if path not in profile.sources]
-    if missing:
-        raise ProfileError(f"{where} has no source for {', '.join(missing)}", "Name each under sources")
+def _refuse_idle_nulls(own: Mapping[str, Any], base: Mapping[str, Any], path: str, where: str) -> None:
+    """Refuse to take away what is not there: a name that is misspelt would leave the thing in place."""
+    for key, value in own.items():
+        if value is None and key not in base and key not in _NOT_INHERITED:
+            close = nearest(key, list(base))
+            hint = f"Perhaps {close[0]} is meant" if close else "Remove that line"
+            raise ProfileError(f"{where} takes away {path}{key}, which is not inherited", hint)
+        if isinstance(value, dict):
+            under = base.get(key)
+            _refuse_idle_nulls(value, under if isinstance(under, dict) else {}, f"{path}{key}.", where)
 
 
-def _check_range(profile: DeviceProfile, where: str) -> None:
-    """Every number is finite and above zero; what is reserved or overhead may be zero, shares end at 1."""
-    numbers: dict[str, float | None] = {
-        "threads": profile.threads,
-        **{f"memory.{name}": value for name, value in msgspec.structs.asdict(profile.memory).items()},
-        **{f"budget.{name}": value for name, value in msgspec.structs.asdict(profile.budget).items()},
-    }
-    for index, backend in enumerate(profile.backends):
-        numbers |= {
-            f"backends.{index}.{name}": v for name, v in msgspec.structs.asdict(backend).items() if name != "name"
-        }
-    for path, value in numbers.items():
-        if value is None or isinstance(value, bool):
-            continue
-        may_be_zero = path.endswith(("reserved_bytes", "overhead_ms", "overhead_bytes"))
-        highest = 1 if path.endswith("efficiency") else _MAX_THREADS if path == "threads" else math.inf
-        if not (value >= 0 if may_be_zero else value > 0) or value > highest or math.isinf(value):
-            raise ProfileError(f"{path} in {where} is {value:g}, which cannot be", "Correct it")
+def _leaves(value: Mapping[str, Any], path: str) -> list[str]:
+    found = []
+    for key, item in value.items():
+        found += _leaves(item, f"{path}{key}.") if isinstance(item, dict) else [f"{path}{key}"]
+    return found
 
 
-def _numbers(value: Any, path: str) -> list[str]:  # noqa: ANN401 - YAML holds anything
-    """Dotted paths of all quantities: numbers, and strings under keys that carry a unit."""
-    if path == "sources":
-        return []
-    if isinstance(value, dict):
-        return [p for key, item in value.items() for p in _numbers(item, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list):
-        return [p for index, item in enumerate(value) for p in _numbers(item, f"{path}.{index}")]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return [path] if is_number or path.endswith(tuple(suffix for suffix, _ in _UNITS)) else []
+def _files() -> list[ProfileFile]:
+    return [candidate.file for candidate in candidates() if candidate.file is not None]
+
+
+def _find(name: str, besides: ProfileFile | None = None) -> ProfileFile:
+    """The file whose name or alias that is; ``besides`` may have the name of what it extends."""
+    wanted = name.lower()
+    files = _files()
+    found = [file for file in files if wanted in file.names and (besides is None or file.identity != besides.identity)]
+    if len(found) > 1:
+        raise _two(name, found[1].where, found[0].where)
+    if not found:
+        known = sorted({alias for file in files for alias in file.names})
+        close = nearest(name, known)
+        hint = f"Choose one of {', '.join(close)}" if close else "See edgeq devices for what there is"
+        raise ProfileError(f"There is no device {name!r}", f"{hint}, or give a YAML file")
+    return found[0]
+
+
+def _two(name: str, where: str, other: str) -> ProfileError:
+    return ProfileError(f"Two profiles are called {name!r}: {where} and that of {other}", "Rename one of them")

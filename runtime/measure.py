@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from edgeq.profiles.device import DeviceProfile
 from edgeq.report import Device, HostLoad, Temperature
-from edgeq.types import DeviceProfile
+from edgeq.system_files import SystemFiles, fields_of
 
 __all__ = [
     "CpuTimes",
@@ -87,38 +88,12 @@ class Snapshot:
     frequency_limit_mhz: tuple[float, ...]
 
 
-def _text(path: Path) -> str | None:
-    """Contents of a small kernel file, or None where the machine has no such file or refuses to tell."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ") or None
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> float | None:
-    text = _text(path)
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
-
-
-def _fields(text: str | None) -> dict[str, str]:
-    """``key: value`` lines; of a repeated key the first."""
-    found: dict[str, str] = {}
-    for line in (text or "").splitlines():
-        key, separator, value = line.partition(":")
-        if separator:
-            found.setdefault(key.strip(), value.strip())
-    return found
-
-
 def process_memory(pid: int | None = None, *, root: Path = ROOT) -> ProcessMemory | None:
     """Memory of a process (None for this one); None if the kernel keeps no high-water mark.
 
     ``ru_maxrss`` is no substitute: it survives ``exec``, so a child starts with the peak of its parent.
     """
-    fields = _fields(_text(root / "proc" / ("self" if pid is None else str(pid)) / "status"))
+    fields = SystemFiles(root).fields(f"/proc/{'self' if pid is None else pid}/status")
 
     def kib(name: str) -> int | None:
         value = fields.get(name, "").removesuffix("kB").strip()
@@ -142,7 +117,7 @@ def read_cpu_times(*, root: Path = ROOT, cpus: Iterable[int] | None = None) -> C
     """
     wanted = {f"cpu{cpu}" for cpu in (_usable_cpus() if cpus is None else cpus)}
     ticks = [0] * 8
-    for line in (_text(root / "proc" / "stat") or "").splitlines():
+    for line in (SystemFiles(root).text("/proc/stat") or "").splitlines():
         name, *values = line.split()
         if name in wanted and len(values) >= 8:
             ticks = [total + int(value) for total, value in zip(ticks, values[:8], strict=True)]
@@ -194,20 +169,21 @@ def host_load(
 
 def take_snapshot(*, root: Path = ROOT) -> Snapshot:
     """The machine's state now."""
+    files = SystemFiles(root)
     cpus = sorted(_usable_cpus())
     zones: dict[str, float] = {}
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        millidegrees = _number(zone / "temp")
+    for zone in files.names("/sys/class/thermal", "thermal_zone*"):
+        millidegrees = files.number(f"/sys/class/thermal/{zone}/temp")
         if millidegrees is not None:
-            zones[f"{zone.name} {_text(zone / 'type') or ''}".strip()] = millidegrees / 1000
-    folders = [root / f"sys/devices/system/cpu/cpu{cpu}" for cpu in cpus]
-    counts = [n for f in folders if (n := _number(f / "thermal_throttle/core_throttle_count")) is not None]
-    limits = [n for f in folders if (n := _number(f / "cpufreq/scaling_max_freq")) is not None]
+            zones[f"{zone} {files.text(f'/sys/class/thermal/{zone}/type') or ''}".strip()] = millidegrees / 1000
+    folders = [f"/sys/devices/system/cpu/cpu{cpu}" for cpu in cpus]
+    counts = [n for f in folders if (n := files.number(f"{f}/thermal_throttle/core_throttle_count")) is not None]
+    limits = [n for f in folders if (n := files.number(f"{f}/cpufreq/scaling_max_freq")) is not None]
     return Snapshot(
         cpu=read_cpu_times(root=root),
         temperatures_c=zones,
         throttle_count=int(sum(counts)) if counts else None,
-        governor=_text(folders[0] / "cpufreq/scaling_governor"),
+        governor=files.text(f"{folders[0]}/cpufreq/scaling_governor"),
         frequency_limit_mhz=tuple(khz / 1000 for khz in limits),
     )
 
@@ -253,15 +229,16 @@ def describe_device(*, root: Path = ROOT) -> Device:
     import psutil
 
     cpus = sorted(_usable_cpus())
-    cpuinfo_text = _text(root / "proc/cpuinfo") or ""
-    cpuinfo = _fields(cpuinfo_text)
+    files = SystemFiles(root)
+    cpuinfo_text = files.text("/proc/cpuinfo") or ""
+    cpuinfo = fields_of(cpuinfo_text)
     current = [
         n / 1000
         for cpu in cpus
-        if (n := _number(root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq")) is not None
+        if (n := files.number(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq")) is not None
     ]
     if not current:
-        blocks = [_fields(block) for block in cpuinfo_text.split("\n\n")]
+        blocks = [fields_of(block) for block in cpuinfo_text.split("\n\n")]
         current = [
             float(block["cpu MHz"])
             for block in blocks
@@ -274,7 +251,7 @@ def describe_device(*, root: Path = ROOT) -> Device:
     state = take_snapshot(root=root)
     return Device(
         machine=platform.machine(),
-        model=_text(root / "proc/device-tree/model") or _text(root / "sys/devices/virtual/dmi/id/product_name"),
+        model=files.text("/proc/device-tree/model") or files.text("/sys/devices/virtual/dmi/id/product_name"),
         cpu=cpuinfo.get("model name") or cpuinfo.get("Hardware"),
         logical_cpus=len(cpus),
         physical_cores=psutil.cpu_count(logical=False),

@@ -23,8 +23,8 @@ from edgeq.converters.gguf.presets import find_preset
 from edgeq.converters.gguf.quantize import quantize
 from edgeq.errors import EdgeqError
 from edgeq.planner.candidates import Candidate, Menu, Settings
+from edgeq.profiles.device import DeviceProfile
 from edgeq.profiles.loader import load_profile
-from edgeq.types import DeviceProfile
 
 CHILD = """
 import json, sys

@@ -18,16 +18,15 @@ from edgeq.converters.gguf.header import GgufHeader
 from edgeq.converters.gguf.quantize import file_type
 from edgeq.errors import ConversionError, SourceError
 from edgeq.ggml_types import ggml_type, tensor_bytes
+from edgeq.gguf_bytes import ALIGNMENT, UINT32, encode_string, encode_tensor_info
 from edgeq.staging import disk_full_is_one_line
 
 __all__ = ["assemble", "read_tensor"]
 
 Bytes = npt.NDArray[np.uint8]
 
-_ALIGNMENT = 32
 _FILE_TYPE, _VERSION = "general.file_type", "general.quantization_version"
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-_UINT32 = 4  # enum gguf_type
 
 
 def read_tensor(header: GgufHeader, name: str) -> Bytes:
@@ -61,12 +60,12 @@ def assemble(header: GgufHeader, types: Mapping[str, str], blocks: Callable[[str
     try:
         with disk_full_is_one_line(out.parent), out.open("wb") as file:
             head = _head(header, types)
-            file.write(head + bytes(-len(head) % _ALIGNMENT))
+            file.write(head + bytes(-len(head) % ALIGNMENT))
             for name, tensor in header.tensors.items():
                 data = blocks(name, types[name])
                 _check_size(name, types[name], data.nbytes, tensor_bytes(types[name], tensor.shape))
                 file.write(data.data)
-                file.write(bytes(-data.nbytes % _ALIGNMENT))
+                file.write(bytes(-data.nbytes % ALIGNMENT))
     except BaseException:
         out.unlink(missing_ok=True)
         raise
@@ -83,17 +82,17 @@ def _head(header: GgufHeader, types: Mapping[str, str]) -> bytes:
     """Everything before the data: counts, metadata, and one entry for each tensor."""
     infos, offset = [], 0
     for name, tensor in header.tensors.items():
-        infos.append(_info(name, tensor.shape, ggml_type(types[name]).id, offset))
+        infos.append(encode_tensor_info(name, tensor.shape, ggml_type(types[name]).id, offset))
         size = tensor_bytes(types[name], tensor.shape)
-        offset += size + -size % _ALIGNMENT
-    old_infos = sum(len(_info(name, tensor.shape, 0, 0)) for name, tensor in header.tensors.items())
+        offset += size + -size % ALIGNMENT
+    old_infos = sum(len(encode_tensor_info(name, tensor.shape, 0, 0)) for name, tensor in header.tensors.items())
     with header.path.open("rb") as file:
         magic_and_version = file.read(8)
         _n_tensors, n_keys = struct.unpack("<QQ", file.read(16))
         keys = bytearray(file.read(header.end - old_infos - 24))
     numbers = {_FILE_TYPE: file_type(types, header), _VERSION: _QUANTIZATION_VERSION}
     for key, value in numbers.items():
-        entry = _string(key) + struct.pack("<I", _UINT32)
+        entry = encode_string(key) + struct.pack("<I", UINT32)
         if key in header.metadata:
             place = keys.find(entry)
             if place < 0:
@@ -103,12 +102,3 @@ def _head(header: GgufHeader, types: Mapping[str, str]) -> bytes:
             keys += entry + struct.pack("<I", value)
             n_keys += 1
     return magic_and_version + struct.pack("<QQ", len(infos), n_keys) + bytes(keys) + b"".join(infos)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8", errors="surrogateescape")
-    return struct.pack("<Q", len(data)) + data
-
-
-def _info(name: str, shape: tuple[int, ...], type_id: int, offset: int) -> bytes:
-    return _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)

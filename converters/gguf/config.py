@@ -12,7 +12,7 @@ import msgspec
 
 from edgeq.errors import SourceError, UnsupportedModelError
 
-__all__ = ["ModelConfig", "Rope", "load_config", "read_license", "read_rope"]
+__all__ = ["ModelConfig", "Rope", "config_of", "load_config", "read_license", "read_rope"]
 
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9][\w.+-]*)", re.MULTILINE)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -142,18 +142,29 @@ def load_config(folder: Path) -> ModelConfig:
         raise SourceError(f"{path} is no JSON ({error})", "Download that file again") from error
     if not isinstance(decoded, dict):
         raise SourceError(f"{path} is no JSON object", "Download that file again")
-    outer = _as_table("config.json", decoded)
-    names = ModelConfig("", outer).strings("architectures")
-    if not names:
-        raise SourceError(
-            f"{path} names no architectures, so nobody can tell what its weights mean",
-            'Add the class of the model, such as "architectures": ["LlamaForCausalLM"]',
-        )
-    inner = outer.get("text_config")
-    values = outer if inner is None else {**outer, **_as_table("text_config", inner)}
-    config = ModelConfig(names[0], values)
+    config = config_of(_as_table("config.json", decoded), str(path))
     _refuse_quantized(config)
     return config
+
+
+def config_of(values: Mapping[str, object], where: str = "config.json") -> ModelConfig:
+    """The settings of a config.json that is in memory already.
+
+    Args:
+        values: the whole of it.
+        where: its file, for messages.
+
+    Raises:
+        SourceError: it names no architecture.
+    """
+    names = ModelConfig("", values).strings("architectures")
+    if not names:
+        raise SourceError(
+            f"{where} names no architectures, so nobody can tell what its weights mean",
+            'Add the class of the model, such as "architectures": ["LlamaForCausalLM"]',
+        )
+    inner = values.get("text_config")
+    return ModelConfig(names[0], values if inner is None else {**values, **_as_table("text_config", inner)})
 
 
 def _refuse_quantized(config: ModelConfig) -> None:

@@ -33,7 +33,7 @@ from edgeq.units import format_bytes
 if TYPE_CHECKING:
     import gguf
 
-__all__ = ["ExportResult", "export_gguf", "export_skeleton", "supported_architectures"]
+__all__ = ["ExportResult", "add_key", "export_gguf", "export_skeleton", "supported_architectures"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -203,10 +203,11 @@ def _add_keys(writer: gguf.GGUFWriter, folder: Path, layout: Layout) -> None:
     writer.add_file_type(_FILE_TYPES[_main_type(layout)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in layout.settings.keys.items():
-        _add_key(writer, f"{layout.architecture.gguf}.{key}", value)
+        add_key(writer, f"{layout.architecture.gguf}.{key}", value)
 
 
-def _add_key(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
+def add_key(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
+    """Add a value under its full name, in the type that llama.cpp reads it as."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

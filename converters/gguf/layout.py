@@ -18,7 +18,7 @@ from edgeq.converters.gguf.config import ModelConfig, load_config
 from edgeq.errors import SourceError, UnsupportedModelError, require_package
 from edgeq.ggml_types import tensor_bytes
 
-__all__ = ["FloatType", "Layout", "PlannedTensor", "plan_layout"]
+__all__ = ["FloatType", "Layout", "PlannedTensor", "expected_tensors", "plan_layout"]
 
 FloatType = Literal["source", "f16", "bf16", "f32"]
 
@@ -99,7 +99,7 @@ def plan_layout(folder: Path, float_type: FloatType) -> Layout:
     checkpoint = Checkpoint.open(folder)
     mapped, notes = _map_names(architecture, checkpoint, dims)
     mapped, tie_notes = _tie_output(config, checkpoint, mapped)
-    expected = _expected(architecture, config, dims)
+    expected = expected_tensors(architecture, config, dims)
     _check_complete(expected, mapped, optional={"output.weight"} if config.flag("tie_word_embeddings") else set())
     planned = [PlannedTensor(name, values, values.shape, "f32") for name, values in sorted(settings.extra.items())]
     for name, spec in expected.items():
@@ -158,7 +158,7 @@ def _name_lookup(architecture: Architecture, dims: Dims) -> Callable[[str], str 
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
-def _expected(architecture: Architecture, config: ModelConfig, dims: Dims) -> dict[str, Tensor]:
+def expected_tensors(architecture: Architecture, config: ModelConfig, dims: Dims) -> dict[str, Tensor]:
     """The architecture's table for this config, blocks written out, in the order of the file."""
     table = {name: spec for name, spec in architecture.tensors.items() if spec.when(config)}
     blocks = {name: spec for name, spec in table.items() if "{i}" in name}

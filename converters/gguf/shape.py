@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.errors import SourceError
-from edgeq.profiles.cost import EMBEDDING, LayerShape, ModelShape
+from edgeq.profiles.model_shape import EMBEDDING, LayerShape, ModelShape
 from edgeq.types import Artifact
 
 __all__ = ["describe_artifact", "model_shape"]
 
 # Architectures whose sliding window llama.cpp applies, with the period of its layers: all but the last of each period
 # look back at the window only (llama.cpp, load_swa_pattern).
-_WINDOW_PERIOD = {"gemma3": 6}
+_WINDOW_PERIOD = {"gemma2": 2, "gemma3": 6}
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _ALIGNMENT = 32  # the only one that llama.cpp's quantizer writes, whatever the header says
 
@@ -67,7 +67,10 @@ def model_shape(header: GgufHeader) -> ModelShape:
     windows = _windows(header, n_layers)
     return ModelShape(
         tensors={name: tensor.shape for name, tensor in header.tensors.items()},
-        layers=[LayerShape(n * key_head, n * value_head, w) for n, w in zip(kv_heads, windows, strict=True)],
+        layers=[
+            LayerShape(kv * key_head, kv * value_head, n, window)
+            for kv, n, window in zip(kv_heads, heads, windows, strict=True)
+        ],
         key_head_width=key_head,
         value_head_width=value_head,
         embedding_width=width,

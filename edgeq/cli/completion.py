@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 EXAMPLES = """\
 edgeq completion bash > ~/.local/share/bash-completion/completions/edgeq
 edgeq completion zsh > ~/.zfunc/_edgeq
 """
+
+# What an argument stands for, by its metavar.
+_DEVICES = ("DEVICE", "NAME|FILE")
+_FILES = ("FILE", "FOLDER", "DIR")
+_POWER_MODES = "power_mode"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +22,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the script."""
+    """Print the script; it knows the devices that there are now."""
     import shtab
 
     from edgeq.cli.output import show
     from edgeq.cli.parser import build_parser
 
-    show(shtab.complete(build_parser(), shell=args.shell) + "\n")
+    parser = build_parser()
+    _add_choices(parser)
+    show(shtab.complete(parser, shell=args.shell) + "\n")
     return 0
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Tell the completion, and it alone, which devices and power modes can be named, and what is a file."""
+    import shtab
+
+    from edgeq.profiles.loader import known_profiles, profile_names
+
+    devices = sorted(profile_names())
+    profiles = [known.profile for known in known_profiles() if known.profile is not None]
+    modes = sorted({mode.name for profile in profiles for mode in profile.power_modes})
+    for action in _actions(parser):
+        if action.metavar in _DEVICES:
+            action.choices = devices
+        elif action.dest == _POWER_MODES:
+            action.choices = modes
+        elif action.metavar in _FILES:
+            setattr(action, "complete", shtab.FILE)  # noqa: B010 - shtab's protocol, unknown to argparse's types
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Every argument of a parser and of its commands."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way to its arguments
+        yield action
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - and none to its commands
+            for sub in action.choices.values():
+                yield from _actions(sub)

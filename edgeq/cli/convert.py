@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from edgeq.cli.arguments import add_json_argument
-from edgeq.cli.model_arguments import add_model_arguments, job_from
+from edgeq.cli.model_arguments import add_model_arguments, device_of, job_from
 
 EXAMPLES = """\
 edgeq convert HuggingFaceTB/SmolLM2-135M-Instruct --target jetson-orin -o smollm2
 edgeq convert ./model --target laptop-cpu --max-memory 400MiB --max-itl 60ms -o bundle
+edgeq convert ./model --profile my-robot.yaml --power-mode 15W -o bundle
 edgeq convert ./model --target laptop-cpu --max-size 100MB --max-kld 0.05 -o bundle
 edgeq convert ./model --target laptop-cpu --quant q4_k_m --tensor-type 'attn_v=q8_0' -o bundle
 edgeq convert ./model --target laptop-cpu --recipe recipe.yaml --imatrix model.imatrix.gguf -o bundle
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.cli.progress import Progress
     from edgeq.planner.convert import convert
 
-    out = args.output or default_output(args.model, args.target)
+    out = args.output or default_output(args.model, device_of(args))
     job = job_from(args)
     with Progress(sys.stderr) as progress:
         bundle = convert(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgeq.planner.problem import SearchOptions
     from edgeq.planner.search import Goal
 
-__all__ = ["add_model_arguments", "job_from"]
+__all__ = ["add_model_arguments", "device_of", "job_from"]
 
 _MINIMIZE: dict[str, Objective] = {"quality": "kld", "bytes": "file_bytes", "memory": "memory_bytes", "latency": "ns"}
 _FEWEST_EVAL_TOKENS = 16  # a text with less cannot be compared with the calibration's
@@ -28,7 +28,7 @@ _SEARCH_ONLY = ("minimize", "estimator", "calibration", "calibration_tokens", "s
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the target, and everything that shapes a plan; `job_from` reads them."""
     parser.add_argument("model", help="Hugging Face id, a folder with config.json and safetensors, or a float GGUF")
-    parser.add_argument("--target", required=True, metavar="DEVICE", help="device profile, or a profile's YAML file")
+    _add_device_arguments(parser)
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument(
         "--llama-cpp", type=Path, metavar="DIR", help="use the convert_hf_to_gguf.py of this llama.cpp checkout"
@@ -38,6 +38,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_goal_arguments(parser)
     _add_search_arguments(parser)
     _add_quality_arguments(parser)
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    device = parser.add_mutually_exclusive_group(required=True)
+    device.add_argument("--target", metavar="DEVICE", help="name of a device profile: see edgeq devices")
+    device.add_argument(
+        "--profile", metavar="FILE", help="a device profile of your own: YAML, as edgeq devices probe writes it"
+    )
+    parser.add_argument(
+        "--power-mode", metavar="NAME", help="nvpmodel's name for it, such as 15W; default: the profile's own"
+    )
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +158,8 @@ def job_from(args: argparse.Namespace) -> Job:
     goal = _goal(args)
     return Job(
         model=args.model,
-        target=args.target,
+        target=device_of(args),
+        power_mode=args.power_mode,
         budget=budget_of(args),
         request=_request(args, goal),
         revision=args.revision,
@@ -158,6 +170,15 @@ def job_from(args: argparse.Namespace) -> Job:
         quality=_quality(args, goal),
         search_given=tuple(_option(name) for name in _SEARCH_ONLY if getattr(args, name) is not None),
     )
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """What ``--target`` or ``--profile`` said, as `edgeq.profiles.loader.load_profile` takes it."""
+    if args.profile is None:
+        target: str = args.target
+        return target
+    file: str = args.profile
+    return file if "/" in file else f"./{file}"
 
 
 def _option(name: str) -> str:

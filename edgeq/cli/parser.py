@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "bench": "measure a bundle on this machine against its budget",
     "report": "show the latest measurement of a bundle again",
     "run": "generate text with a bundle",
+    "devices": "list the devices that plans can be made for, and show what is known of each",
     "inspect": "show what a bundle holds and how it was made",
     "verify": "check every byte of a bundle against its manifest",
     "completion": "print tab completion for a shell",

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from edgeq.planner.front import Front
     from edgeq.planner.problem import Problem
     from edgeq.planner.search import Demand
-    from edgeq.types import DeviceProfile, ModelSource, Plan
+    from edgeq.profiles.device import DeviceProfile
+    from edgeq.types import ModelSource, Plan
 
 EXAMPLES = """\
 edgeq plan ./model --target laptop-cpu --max-memory 400MiB
 edgeq plan ./model --target jetson-orin --quant q4_k_m --context 8192 --kv-type q8_0 --json
+edgeq plan ./model --target jetson-orin --power-mode 15W
 edgeq plan ./model --target laptop-cpu --max-size 100MB --front pareto.svg
 edgeq plan ./model --target laptop-cpu --max-kld 0.05 --export types.txt --format llama.cpp
 """

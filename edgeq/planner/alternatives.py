@@ -9,8 +9,9 @@ from edgeq.converters.gguf.presets import LADDER, PRESETS
 from edgeq.errors import BudgetError, UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.planner.candidates import Candidate, Choice, Menu, Settings, misses
-from edgeq.profiles.cost import file_bytes
-from edgeq.types import Budget, DeviceProfile
+from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.model_memory import file_bytes
+from edgeq.types import Budget
 from edgeq.units import format_bytes, format_ms
 
 __all__ = ["infeasible"]

@@ -15,8 +15,10 @@ from edgeq.converters.gguf.quantize import preview, quantizable_tensors
 from edgeq.converters.gguf.recipe import Override, apply_overrides
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.ggml_types import ggml_type
-from edgeq.profiles.cost import ModelShape, predict
-from edgeq.types import BUDGET_LINES, Budget, DeviceProfile, Fallback, Prediction
+from edgeq.profiles.cost import predict
+from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.model_shape import ModelShape
+from edgeq.types import BUDGET_LINES, Budget, Fallback, Prediction
 from edgeq.units import format_quantity
 
 __all__ = ["Candidate", "Choice", "Menu", "Miss", "Settings", "effective_budget", "misses"]

@@ -50,13 +50,13 @@ from edgeq.planner.decide import (
 )
 from edgeq.planner.early_checks import check_texts
 from edgeq.planner.inspection import Inspector, judged_plan
-from edgeq.planner.job import Job, idle_notes, is_float, is_judged
+from edgeq.planner.job import Job, idle_notes, is_float, is_judged, power_note, profile_of
 from edgeq.planner.plan import make_plan
 from edgeq.planner.problem import Problem, pose
 from edgeq.planner.search import Demand
-from edgeq.profiles.loader import load_profile
+from edgeq.profiles.device import DeviceProfile
 from edgeq.staging import publish, refuse_occupied, staging_folder
-from edgeq.types import Budget, DeviceProfile, Manifest, ModelSource, Plan, Quality, SmokeCheck, merge_budgets
+from edgeq.types import Budget, Manifest, ModelSource, Plan, Quality, SmokeCheck, merge_budgets
 
 __all__ = ["Job", "convert", "plan_only"]
 
@@ -166,6 +166,7 @@ def _resolve(job: Job, progress: Progress) -> ModelSource:
     def download(done: int, total: int, name: str) -> None:
         progress("download", done, total, name)
 
+    profile_of(job)  # before gigabytes are downloaded for a device that is not there
     return resolve(job.model, revision=job.revision, progress=download)
 
 
@@ -213,13 +214,13 @@ def _decide(
 
     With ``pose_anyway`` the problem is posed even where nothing has to be searched for. The plan stays the same.
     """
-    profile = load_profile(job.target)
+    profile = profile_of(job)
     budget = merge_budgets(profile.budget, job.budget)
     progress("plan", 0, 1, profile.name)
     gguf, reference, notes = _planning_file(job, source, work, progress)
     imatrix, rounding = given_imatrix(job.search.evidence.imatrix, gguf)
     searched = wants_search(gguf, profile, budget, job.request, job.goal, job.search, imatrix)
-    notes = (*notes, *check_texts(gguf, job.search, job.quality, searched=searched))
+    notes = (*power_note(profile), *notes, *check_texts(gguf, job.search, job.quality, searched=searched))
     if searched:
         return _search(job, source, work, progress, (profile, budget, reference, notes), artifact)
     plan = make_plan(gguf, profile, budget, job.request, notes=(*notes, *rounding), imatrix=imatrix)

@@ -18,7 +18,8 @@ from edgeq.planner.candidates import Menu, effective_budget, misses
 from edgeq.planner.plan import Request, settings_for
 from edgeq.planner.problem import Problem, SearchOptions
 from edgeq.planner.search import Demand, Goal, search
-from edgeq.types import Budget, DeviceProfile, Plan
+from edgeq.profiles.device import DeviceProfile
+from edgeq.types import Budget, Plan
 
 __all__ = [
     "Found",

@@ -10,9 +10,11 @@ from edgeq.planner.inspection import QualityOptions
 from edgeq.planner.plan import Request
 from edgeq.planner.problem import SearchOptions
 from edgeq.planner.search import Goal
+from edgeq.profiles.device import DeviceProfile, power_mode_of
+from edgeq.profiles.loader import load_profile
 from edgeq.types import Budget, Plan
 
-__all__ = ["Job", "idle_notes", "is_float", "is_judged"]
+__all__ = ["Job", "idle_notes", "is_float", "is_judged", "power_note", "profile_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Job:
         search: whether and how types are searched for.
         quality: on which text the result is judged.
         search_given: the options of ``search`` that the user gave, for a note if they come to nothing.
+        power_mode: of the device; None for the profile's own.
     """
 
     model: str
@@ -44,11 +47,23 @@ class Job:
     search: SearchOptions = dataclasses.field(default_factory=SearchOptions)
     quality: QualityOptions = dataclasses.field(default_factory=QualityOptions)
     search_given: tuple[str, ...] = ()
+    power_mode: str | None = None
 
     @property
     def leaves_search(self) -> bool:
         """Whether types can be searched for, rather than being given."""
         return self.request.preset is None and not self.request.from_recipe and self.search.when != "never"
+
+
+def profile_of(job: Job) -> DeviceProfile:
+    """The device in the power mode that was asked for. Raises ProfileError if there is no such device or mode."""
+    profile = load_profile(job.target)
+    return profile if job.power_mode is None else power_mode_of(profile, job.power_mode)
+
+
+def power_note(profile: DeviceProfile) -> tuple[str, ...]:
+    """Which power mode a plan's figures are for, as a note; nothing on a device without."""
+    return () if profile.power_mode is None else (f"for power mode {profile.power_mode}",)
 
 
 def idle_notes(job: Job, plan: Plan) -> list[str]:

@@ -25,19 +25,21 @@ __all__ = [
     "Limits",
     "Objective",
     "Option",
+    "Quantity",
     "Solution",
     "Table",
     "upper_limit",
 ]
 
 Objective = Literal["kld", "file_bytes", "memory_bytes", "ns"]
+Quantity = Literal["kld", "file_bytes", "memory_bytes", "ns", "prompt_ns"]
 Floats = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
 
-QUANTITIES: tuple[Objective, ...] = ("file_bytes", "memory_bytes", "ns", "kld")
+QUANTITIES: tuple[Quantity, ...] = ("file_bytes", "memory_bytes", "ns", "prompt_ns", "kld")
 FLOAT_SLACK = 1e-9
-BYTES: frozenset[Objective] = frozenset({"file_bytes", "memory_bytes"})
+BYTES: frozenset[Quantity] = frozenset({"file_bytes", "memory_bytes"})
 _LARGEST = 2.0**52  # every sum of bytes below this is exact in float64
 
 
@@ -51,6 +53,7 @@ class Option:
         memory_bytes: resident when the model is served.
         ns: time that the matrix takes of one decoded token, in nanoseconds.
         kld: predicted contribution to the mean KL divergence, in nats.
+        prompt_ns: time that the matrix takes of a whole prompt.
     """
 
     type: str
@@ -58,6 +61,7 @@ class Option:
     memory_bytes: int
     ns: float
     kld: float
+    prompt_ns: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +80,10 @@ class Limits:
     memory_bytes: int | None = None
     ns: float | None = None
     kld: float | None = None
+    prompt_ns: float | None = None
 
     @classmethod
-    def of(cls, values: Mapping[Objective, float]) -> Limits:
+    def of(cls, values: Mapping[Quantity, float]) -> Limits:
         """Limits from numbers by quantity; those of bytes are whole."""
         whole = {q: round(value) for q, value in values.items() if q in BYTES}
         return cls(
@@ -86,9 +91,10 @@ class Limits:
             memory_bytes=whole.get("memory_bytes"),
             ns=values.get("ns"),
             kld=values.get("kld"),
+            prompt_ns=values.get("prompt_ns"),
         )
 
-    def given(self) -> dict[Objective, float]:
+    def given(self) -> dict[Quantity, float]:
         """The limits that are set, in the order of `QUANTITIES`."""
         return {q: value for q in QUANTITIES if (value := getattr(self, q)) is not None}
 
@@ -103,6 +109,7 @@ class Solution:
         memory_bytes: exact sum.
         ns: sum, nanoseconds a token.
         kld: sum, nats.
+        prompt_ns: sum, nanoseconds a prompt.
         gap: proven bound of the objective's distance from the optimum, relative to the objective; 0 if exact.
         method: which solver found it.
     """
@@ -112,6 +119,7 @@ class Solution:
     memory_bytes: int
     ns: float
     kld: float
+    prompt_ns: float
     gap: float
     method: Literal["milp", "lagrangian"]
 
@@ -125,7 +133,7 @@ class Infeasible(ValueError):
         contradiction: the smallest set of limits that cannot be met together; empty if only forbidden choices are left.
         raise_to: for each limit in ``contradiction`` the least value to which it must be raised when all other limits
             are kept; None if no value is enough, because the others contradict each other too.
-        nearest: limits that can be met: each, in the order memory, file, time, KL, is kept or raised the least that
+        nearest: limits that can be met: each, in the order memory, file, times, KL, is kept or raised the least that
             those before it allow.
         proven: False if the time limit or a missing exact solver left a doubt.
     """
@@ -134,9 +142,9 @@ class Infeasible(ValueError):
         self,
         limits: Limits,
         *,
-        least: Mapping[Objective, float],
-        contradiction: tuple[Objective, ...],
-        raise_to: Mapping[Objective, float | None],
+        least: Mapping[Quantity, float],
+        contradiction: tuple[Quantity, ...],
+        raise_to: Mapping[Quantity, float | None],
         nearest: Limits,
         proven: bool,
     ) -> None:
@@ -180,7 +188,7 @@ class Knapsack:
         return bool((self.used(choice) <= self.limit).all())
 
 
-def upper_limit(q: Objective, limit: float) -> float:
+def upper_limit(q: Quantity, limit: float) -> float:
     """What a sum is compared with: `FLOAT_SLACK` is part of it for sums of floats."""
     return limit if q in BYTES else limit + FLOAT_SLACK * abs(limit)
 
@@ -190,7 +198,7 @@ class Table:
 
     Args:
         items: at least one, with at least one option each and distinct names.
-        prune: leave out options that another option of the same item beats or equals in all four quantities.
+        prune: leave out options that another option of the same item beats or equals in all quantities.
 
     Raises:
         ValueError: an item without options, a name or type twice, a number that is not finite or too large.
@@ -203,7 +211,7 @@ class Table:
         self.names = tuple(item.name for item in ordered)
         self.options = tuple(_undominated(options) for options in columns) if prune else tuple(columns)
         width = max((len(options) for options in self.options), default=1)
-        self.quantity: dict[Objective, Floats] = {}
+        self.quantity: dict[Quantity, Floats] = {}
         for q in QUANTITIES:
             filled = np.full((len(self.options), width), np.inf)
             for i, options in enumerate(self.options):
@@ -214,12 +222,12 @@ class Table:
             if np.abs(self.quantity[q], where=self.real, out=np.zeros_like(self.quantity[q])).sum() > _LARGEST:
                 raise ValueError(f"{q} is more than any machine has")
 
-    def least(self, q: Objective) -> float:
+    def least(self, q: Quantity) -> float:
         """The least sum that a quantity can take."""
         least: list[float] = self.quantity[q].min(axis=1, initial=np.inf).tolist()
         return math.fsum(least)
 
-    def knapsack(self, objective: Objective, limits: Limits, cuts: Sequence[tuple[Mask, int]] = ()) -> Knapsack:
+    def knapsack(self, objective: Quantity, limits: Limits, cuts: Sequence[tuple[Mask, int]] = ()) -> Knapsack:
         """The arrays of one problem.
 
         Args:
@@ -267,6 +275,7 @@ class Table:
             memory_bytes=sum(option.memory_bytes for option in chosen),
             ns=math.fsum(option.ns for option in chosen),
             kld=math.fsum(option.kld for option in chosen),
+            prompt_ns=math.fsum(option.prompt_ns for option in chosen),
             gap=gap,
             method=method,
         )

@@ -13,7 +13,8 @@ from edgeq.errors import BudgetError, UsageError
 from edgeq.llama import KV_TYPES
 from edgeq.planner.alternatives import infeasible
 from edgeq.planner.candidates import Candidate, Choice, Menu, Settings, effective_budget, misses
-from edgeq.types import Budget, DeviceProfile, Plan, Rejection
+from edgeq.profiles.device import DeviceProfile
+from edgeq.types import Budget, Plan, Rejection
 from edgeq.units import format_bytes
 
 __all__ = ["Request", "largest_that_fits", "make_plan", "settings_for"]

@@ -18,11 +18,12 @@ from edgeq.errors import UsageError
 from edgeq.ggml_types import TYPES
 from edgeq.planner.candidates import Settings
 from edgeq.planner.knapsack import Item, Solution
-from edgeq.planner.search_items import Pricing, items_of, legal_types, matrices_ns
+from edgeq.planner.search_items import Pricing, items_of, legal_types
 from edgeq.profiles.cost import predict
-from edgeq.profiles.cost_table import DecodeCosts, datasheet_costs
 from edgeq.profiles.decode_costs import costs_for
-from edgeq.types import DeviceProfile, Prediction
+from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.model_latency import Speeds, speeds_of
+from edgeq.types import Prediction
 
 __all__ = ["Problem", "SearchOptions", "pose"]
 
@@ -69,7 +70,6 @@ class Problem:
 
     def predict(self, types: Mapping[str, str], settings: Settings, prompt_tokens: int) -> Prediction:
         """What a mix takes on the device."""
-        measured = self.pricing.costs.measured
         return predict(
             self.pricing.shape,
             types,
@@ -78,7 +78,7 @@ class Problem:
             kv_types=(settings.kv_type, settings.kv_type),
             ubatch_tokens=settings.ubatch_tokens,
             prompt_tokens=min(prompt_tokens, settings.context_tokens),
-            matrices_ms=matrices_ns(self.pricing, types) / 1e6 if measured else None,
+            speeds=self.pricing.speeds,
         )
 
 
@@ -109,24 +109,27 @@ def pose(
     menu = legal_types(shape.tensors, stored, quantizable_tensors(reference), pins)
     if not menu:
         raise UsageError(f"{reference.name} has no tensor that can be quantized", "Use --quant f16")
-    costs, note = _costs(menu, stored, shape.tensors, profile, options, shop)
+    speeds, note = _speeds(menu, stored, shape.tensors, profile, options, shop)
     evidence = gather(header, folder, menu, options.evidence, shop)
-    pricing = Pricing(shape, profile, costs)
+    pricing = Pricing(shape, profile, speeds)
     return Problem(evidence, pricing, items_of(pricing, menu, evidence.curvatures, evidence.errors), stored, note)
 
 
-def _costs(
+def _speeds(
     menu: Mapping[str, Sequence[str]],
     stored: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     profile: DeviceProfile,
     options: SearchOptions,
     shop: Workshop,
-) -> tuple[DecodeCosts, str]:
-    """The time of every matrix, and where it comes from."""
+) -> tuple[Speeds, str]:
+    """What times are predicted from, and where it comes from."""
+    speeds = speeds_of(profile)
+    if speeds.decode.measured:
+        return speeds, f"kernels as {profile.name} was measured on {profile.cpu.name}"
     here = profile.accelerator == "cpu" and profile.arch in {platform.machine(), "any"}
     if options.decode_costs == "profile" or not here:
-        return datasheet_costs(profile), f"bytes over the bandwidth of the profile {profile.name}; no kernel was timed"
+        return speeds, f"bytes over the bandwidth of the profile {profile.name}; no kernel was timed"
     wanted = sorted({(shapes[name][0], shapes[name][1]) for name in menu})
     # What is not on the menu (a router of experts) and what is pinned to another type have a time as they are, too.
     as_they_are = {kind for name, kind in stored.items() if len(shapes[name]) > 1}
@@ -139,4 +142,5 @@ def _costs(
         working_set_bytes=sum(math.prod(shapes[name]) for name in menu) * 5 // 8,
         progress=shop.stage("time kernels"),
     )
-    return costs, f"kernels timed on {costs.machine} with {costs.threads} threads"
+    note = f"kernels timed on {costs.machine} with {costs.threads} threads"
+    return dataclasses.replace(speeds, decode=costs), note

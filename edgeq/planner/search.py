@@ -17,9 +17,10 @@ from edgeq.planner.knapsack import Item, Objective, Solution
 from edgeq.planner.pareto import front
 from edgeq.planner.problem import Problem
 from edgeq.planner.search_errors import infeasible_mix
-from edgeq.planner.search_items import limits_of
+from edgeq.planner.search_items import limits_of, with_prompt
 from edgeq.planner.solver import Infeasible, Limits, solve
 from edgeq.planner.trials import run_trials, within
+from edgeq.profiles.model_latency import prompt_chunks
 from edgeq.search_record import Calibration, SearchRecord
 from edgeq.types import Budget, Prediction
 
@@ -73,9 +74,20 @@ class Demand:
     settings: Settings
     prompt_tokens: int
 
+    @property
+    def chunks(self) -> dict[int, int]:
+        """Of the prompt."""
+        return prompt_chunks(min(self.prompt_tokens, self.settings.context_tokens), self.settings.ubatch_tokens)
+
     def predict(self, problem: Problem, types: dict[str, str]) -> Prediction:
         """What a mix takes on the device."""
         return problem.predict(types, self.settings, self.prompt_tokens)
+
+    def pose(self, problem: Problem) -> Problem:
+        """The problem with the prompt's time of every option, if the budget limits it."""
+        if self.budget.ttft_ms is None:
+            return problem
+        return dataclasses.replace(problem, items=with_prompt(problem.items, problem.pricing, self.chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +118,7 @@ def solve_for(problem: Problem, demand: Demand, *, measured: bool = False) -> tu
     Raises:
         BudgetError: no mix meets the limits; the nearest feasible points are its details.
     """
+    problem = demand.pose(problem)
     limits = _limits(problem, demand)
     objective = demand.goal.objective(demand.asked)
     try:
@@ -116,7 +129,9 @@ def solve_for(problem: Problem, demand: Demand, *, measured: bool = False) -> tu
         return solve(problem.items, limits, objective), limits, objective
     except Infeasible as error:
         at_base = demand.predict(problem, problem.base)
-        raise infeasible_mix(error, problem.pricing, problem.base, at_base, problem.items, demand.budget) from error
+        raise infeasible_mix(
+            error, problem.pricing, problem.base, at_base, problem.items, demand.budget, demand.chunks
+        ) from error
 
 
 def _limits(problem: Problem, demand: Demand) -> Limits:
@@ -126,6 +141,7 @@ def _limits(problem: Problem, demand: Demand) -> Limits:
         problem.base,
         demand.predict(problem, problem.base),
         names=[item.name for item in problem.items],
+        chunks=demand.chunks,
         max_file_bytes=demand.goal.max_file_bytes,
         max_kld=demand.goal.max_kld,
     )
@@ -144,6 +160,7 @@ def search(problem: Problem, demand: Demand, *, trials: int, shop: Workshop) -> 
         BudgetError: no mix meets the limits, by prediction or when measured.
         UsageError: the calibration text holds the one that mixes are compared on.
     """
+    problem = demand.pose(problem)
     solution, limits, objective = solve_for(problem, demand, measured=trials > 0)
     record = SearchRecord(
         estimator="fisher" if problem.evidence.curvatures.estimator == "fisher" else "imatrix",
@@ -248,13 +265,16 @@ def front_of(
     Raises:
         BudgetError: no mix meets the device's budget.
     """
+    problem = demand.pose(problem)
     free = dataclasses.replace(demand, goal=Goal(max_file_bytes=max_file_bytes))
     limits = _binding(problem.items, _limits(problem, free))
     try:
         solutions = front(problem.items, limits=limits, points=points)
     except Infeasible as error:
         at_base = demand.predict(problem, problem.base)
-        raise infeasible_mix(error, problem.pricing, problem.base, at_base, problem.items, demand.budget) from error
+        raise infeasible_mix(
+            error, problem.pricing, problem.base, at_base, problem.items, demand.budget, demand.chunks
+        ) from error
     result = []
     for solution in solutions:
         types = problem.types(solution)

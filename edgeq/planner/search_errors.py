@@ -7,22 +7,28 @@ import math
 from collections.abc import Mapping, Sequence
 
 from edgeq.errors import BudgetError
-from edgeq.planner.knapsack import Item, Objective
+from edgeq.planner.knapsack import Item, Quantity
 from edgeq.planner.search_items import Pricing, token_limits_ms
 from edgeq.planner.solver import Infeasible
-from edgeq.profiles.cost import prefill_ms
 from edgeq.types import Budget, Prediction
 from edgeq.units import format_bytes, format_ms
 
 __all__ = ["infeasible_mix"]
 
-_LABELS: dict[Objective, str] = {
+_LABELS: dict[Quantity, str] = {
     "file_bytes": "file size",
     "memory_bytes": "peak memory",
     "ns": "time of a token",
+    "prompt_ns": "time to first token",
     "kld": "predicted mean KL divergence",
 }
-_OPTIONS: dict[Objective, str] = {"file_bytes": "--max-size", "memory_bytes": "--max-memory", "kld": "--max-kld"}
+_OPTIONS: dict[Quantity, str] = {
+    "file_bytes": "--max-size",
+    "memory_bytes": "--max-memory",
+    "prompt_ns": "--max-ttft",
+    "kld": "--max-kld",
+}
+_TIMES = ("ns", "prompt_ns")
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -33,38 +39,34 @@ class _Words:
     Attributes:
         constants: by quantity.
         budget: of the device.
-        prefill: milliseconds of the prompt before the first token.
         usable_bytes: of the device's memory.
     """
 
-    constants: Mapping[Objective, float]
+    constants: Mapping[Quantity, float]
     budget: Budget
-    prefill: float
     usable_bytes: int
 
-    def amount(self, q: Objective, value: float) -> str:
+    def amount(self, q: Quantity, value: float) -> str:
         """A figure of the solver's, rounded up, so that who allows as much gets a mix."""
         total = value + self.constants[q]
-        if q == "ns":
+        if q in _TIMES:
             return f"{_up(total / 1e6)}ms"
         if q == "kld":
             return _up(total)
         unit, factor = next((u for u in _UNITS if total >= u[1]), ("B", 1))
         return f"{math.ceil(100 * total / factor) / 100:.10g}{unit}" if factor > 1 else f"{math.ceil(total)}B"
 
-    def limit(self, q: Objective, value: float) -> str:
+    def limit(self, q: Quantity, value: float) -> str:
         """A limit as it was given."""
         total = value + self.constants[q]
         if q == "ns":
             line, _ = self._lines(math.inf)[0]
-            if line == "ttft_ms" and self.budget.ttft_ms is not None:
-                return f"time to first token <= {format_ms(self.budget.ttft_ms)}"
             if line == "tokens_per_s" and self.budget.tokens_per_s is not None:
                 return f"decode speed >= {self.budget.tokens_per_s:g} tok/s"
-        shown = format_ms(total / 1e6) if q == "ns" else f"{total:.4g}" if q == "kld" else format_bytes(round(total))
+        shown = format_ms(total / 1e6) if q in _TIMES else f"{total:.4g}" if q == "kld" else format_bytes(round(total))
         return f"{_LABELS[q]} <= {shown}"
 
-    def way(self, q: Objective, value: float) -> str:
+    def way(self, q: Quantity, value: float) -> str:
         """What to allow, so that a quantity may reach a value."""
         if q == "memory_bytes" and value + self.constants[q] > self.usable_bytes:
             return f"a shorter --context or a smaller --kv-type ({format_bytes(self.usable_bytes)} are all there is)"
@@ -75,12 +77,10 @@ class _Words:
 
     def _lines(self, token: float) -> list[tuple[str, float]]:
         """The budget's lines that allow a token less than that time, the strictest first."""
-        limits = token_limits_ms(self.budget, self.prefill)
+        limits = token_limits_ms(self.budget)
         return sorted(((line, ms) for line, ms in limits.items() if ms < token), key=lambda pair: pair[1])
 
     def _option(self, line: str, token: float) -> str:
-        if line == "ttft_ms":
-            return f"--max-ttft {_up(max(self.prefill, token) + token)}ms"
         return f"--max-itl {_up(token)}ms" if line == "itl_ms" else f"--min-tps {_down(1e3 / token)}"
 
 
@@ -91,6 +91,7 @@ def infeasible_mix(
     at_base: Prediction,
     items: Sequence[Item],
     budget: Budget,
+    chunks: Mapping[int, int],
 ) -> BudgetError:
     """The solver's finding for people: the limits that clash, what would be enough, and the nearest feasible point.
 
@@ -101,16 +102,17 @@ def infeasible_mix(
         at_base: the prediction for ``base``.
         items: the solver's tensors.
         budget: of the device.
+        chunks: of the prompt that ``at_base`` is for.
     """
     names = [item.name for item in items]
-    constants: dict[Objective, float] = {
+    constants: dict[Quantity, float] = {
         "file_bytes": at_base.file_bytes - sum(pricing.file_bytes(n, base[n]) for n in names),
         "memory_bytes": at_base.peak_memory_bytes - sum(pricing.memory_bytes(n, base[n]) for n in names),
         "ns": 1e6 * at_base.itl_ms - sum(pricing.ns(n, base[n]) for n in names),
+        "prompt_ns": 1e6 * at_base.ttft_ms - sum(pricing.prompt_ns(n, base[n], chunks) for n in names),
         "kld": 0.0,
     }
-    prefill = prefill_ms(pricing.shape, pricing.profile, at_base.prompt_tokens)
-    words = _Words(constants, budget, prefill, pricing.profile.memory.usable_bytes)
+    words = _Words(constants, budget, pricing.profile.memory.usable_bytes)
     given, clash = error.limits.given(), error.contradiction
     wanted = " and ".join(words.limit(q, given[q]) for q in clash)
     if len(clash) == 1:
@@ -119,7 +121,7 @@ def infeasible_mix(
     else:
         cause = f"No mix of types has {wanted} at once"
     ways = [words.way(q, value) for q in clash if (value := error.raise_to[q]) is not None]
-    nearest: dict[Objective, float] = {
+    nearest: dict[Quantity, float] = {
         q: value for q, value in error.nearest.given().items() if q in clash or value > given[q]
     }
     if not ways:  # no limit alone is in the way

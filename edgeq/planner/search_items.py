@@ -12,11 +12,13 @@ from edgeq.converters.gguf.sensitivity.curvature import Curvatures, activation_b
 from edgeq.errors import ConversionError
 from edgeq.ggml_types import TYPES, ggml_type, tensor_bytes
 from edgeq.planner.knapsack import Item, Limits, Option
-from edgeq.profiles.cost import EMBEDDING, ModelShape, held_twice, prefill_ms
-from edgeq.profiles.cost_table import DecodeCosts
-from edgeq.types import Budget, DeviceProfile, Prediction
+from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.model_latency import Speeds, tensor_decode_ns, tensor_prompt_ns
+from edgeq.profiles.model_memory import held_twice
+from edgeq.profiles.model_shape import ModelShape
+from edgeq.types import Budget, Prediction
 
-__all__ = ["Pricing", "items_of", "legal_types", "limits_of", "matrices_ns", "token_limits_ms"]
+__all__ = ["Pricing", "items_of", "legal_types", "limits_of", "token_limits_ms", "with_prompt"]
 
 # Left out: f32 and bf16, which cost more than f16 and give nothing for it, and the types below two bits, which need
 # rows so insensitive that no model of a robot's size has shown one.
@@ -30,19 +32,20 @@ class Pricing:
     Attributes:
         shape: the model.
         profile: the device.
-        costs: nanoseconds of its matrices.
+        speeds: that times are predicted from.
     """
 
     shape: ModelShape
     profile: DeviceProfile
-    costs: DecodeCosts
+    speeds: Speeds
 
     def ns(self, tensor: str, type_name: str) -> float:
         """Of one decoded token; 0 for what is not multiplied."""
-        dims = self.shape.tensors[tensor]
-        if len(dims) < 2 or (tensor == EMBEDDING and not self.shape.tied_embedding):
-            return 0.0
-        return math.prod(dims[2:]) * self.costs.ns(type_name, (dims[0], dims[1]))
+        return tensor_decode_ns(self.shape, tensor, type_name, self.speeds)
+
+    def prompt_ns(self, tensor: str, type_name: str, chunks: Mapping[int, int]) -> float:
+        """Of a whole prompt that is computed in these chunks, see `prompt_chunks`."""
+        return tensor_prompt_ns(self.shape, tensor, type_name, self.speeds, chunks)
 
     def file_bytes(self, tensor: str, type_name: str) -> int:
         """With padding."""
@@ -122,25 +125,27 @@ def items_of(
     return items
 
 
-def matrices_ns(pricing: Pricing, types: Mapping[str, str]) -> float:
-    """Time of all matrices of a decoded token."""
-    return sum(pricing.ns(name, kind) for name, kind in types.items())
+def with_prompt(items: Sequence[Item], pricing: Pricing, chunks: Mapping[int, int]) -> list[Item]:
+    """The items with the time that each option takes of a prompt in these chunks."""
+    return [
+        dataclasses.replace(
+            item,
+            options=tuple(
+                dataclasses.replace(option, prompt_ns=pricing.prompt_ns(item.name, option.type, chunks))
+                for option in item.options
+            ),
+        )
+        for item in items
+    ]
 
 
-def token_limits_ms(budget: Budget, prefill: float) -> dict[str, float]:
-    """The longest time of a decoded token that each line of a budget allows, by the line's name.
-
-    Args:
-        budget: the device's limits.
-        prefill: `edgeq.profiles.cost.prefill_ms` of the prompt.
-    """
+def token_limits_ms(budget: Budget) -> dict[str, float]:
+    """The longest time of a decoded token that each line of a budget allows, by the line's name."""
     limits = {}
     if budget.itl_ms is not None:
         limits["itl_ms"] = budget.itl_ms
     if budget.tokens_per_s is not None:
         limits["tokens_per_s"] = 1e3 / budget.tokens_per_s
-    if budget.ttft_ms is not None:  # the prompt or a token's time, whichever is longer, and then a token
-        limits["ttft_ms"] = min(budget.ttft_ms - prefill, budget.ttft_ms / 2)
     return limits
 
 
@@ -151,6 +156,7 @@ def limits_of(
     at_base: Prediction,
     *,
     names: Iterable[str],
+    chunks: Mapping[int, int],
     max_file_bytes: int | None,
     max_kld: float | None,
 ) -> Limits:
@@ -162,6 +168,7 @@ def limits_of(
         base: some type for every tensor.
         at_base: the prediction for ``base``; whatever of it is not of the solver's tensors is a constant.
         names: the solver's tensors.
+        chunks: of the prompt that ``at_base`` is for.
         max_file_bytes: of the GGUF.
         max_kld: mean KL divergence in nats.
     """
@@ -169,11 +176,12 @@ def limits_of(
     file_constant = at_base.file_bytes - sum(pricing.file_bytes(n, base[n]) for n in chosen)
     memory_constant = at_base.peak_memory_bytes - sum(pricing.memory_bytes(n, base[n]) for n in chosen)
     ns_constant = 1e6 * at_base.itl_ms - sum(pricing.ns(n, base[n]) for n in chosen)
-    prefill = prefill_ms(pricing.shape, pricing.profile, at_base.prompt_tokens)
-    token_ms = token_limits_ms(budget, prefill).values()
+    prompt_constant = 1e6 * at_base.ttft_ms - sum(pricing.prompt_ns(n, base[n], chunks) for n in chosen)
+    token_ms = token_limits_ms(budget).values()
     return Limits(
         file_bytes=None if max_file_bytes is None else max_file_bytes - file_constant,
         memory_bytes=None if budget.peak_memory_bytes is None else budget.peak_memory_bytes - memory_constant,
         ns=1e6 * min(token_ms) - ns_constant if token_ms else None,
         kld=max_kld,
+        prompt_ns=None if budget.ttft_ms is None else 1e6 * budget.ttft_ms - prompt_constant,
     )

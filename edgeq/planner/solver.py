@@ -26,6 +26,7 @@ from edgeq.planner.knapsack import (
     Mask,
     Objective,
     Option,
+    Quantity,
     Solution,
     Table,
     upper_limit,
@@ -37,7 +38,7 @@ __all__ = ["Infeasible", "Item", "Limits", "Objective", "Option", "Solution", "k
 GAP = 1e-4
 TIME_GAP = 1e-3  # kernels are timed to a few percent
 TIME_LIMIT_S = 2.0
-_PRIORITY: tuple[Objective, ...] = ("memory_bytes", "file_bytes", "ns", "kld")
+_PRIORITY: tuple[Quantity, ...] = ("memory_bytes", "file_bytes", "ns", "prompt_ns", "kld")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +209,10 @@ def _explain(items: Sequence[Item], limits: Limits, effort: _Effort, *, forbidde
     given = limits.given()
     effort = dataclasses.replace(effort, gap=0.0)
 
-    def least(q: Objective, others: Mapping[Objective, float], start: Choice | None = None) -> _Outcome:
+    def least(q: Quantity, others: Mapping[Quantity, float], start: Choice | None = None) -> _Outcome:
         return _best(table.knapsack(q, Limits.of(others)), effort, start)
 
-    contradiction: tuple[Objective, ...] = () if forbidden else tuple(given)
+    contradiction: tuple[Quantity, ...] = () if forbidden else tuple(given)
     for subset in (c for size in range(1, len(given) + 1) for c in itertools.combinations(given, size)):
         last = subset[-1]
         found = least(last, {q: given[q] for q in subset[:-1]})
@@ -219,11 +220,11 @@ def _explain(items: Sequence[Item], limits: Limits, effort: _Effort, *, forbidde
             contradiction = subset
             proven = proven or found.bound > upper_limit(last, given[last])
             break
-    raise_to: dict[Objective, float | None] = {}
+    raise_to: dict[Quantity, float | None] = {}
     for q in contradiction:
         value = least(q, {o: v for o, v in given.items() if o != q}).value
         raise_to[q] = _figure(q, value) if math.isfinite(value) else None
-    nearest: dict[Objective, float] = {}
+    nearest: dict[Quantity, float] = {}
     start: Choice | None = None
     for q in _PRIORITY:
         if q in given:
@@ -240,7 +241,7 @@ def _explain(items: Sequence[Item], limits: Limits, effort: _Effort, *, forbidde
     )
 
 
-def _figure(q: Objective, value: float) -> float:
+def _figure(q: Quantity, value: float) -> float:
     """Sums of bytes as integers."""
     return round(value) if q in BYTES else value
 

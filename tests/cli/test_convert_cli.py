@@ -211,7 +211,8 @@ def test_sigterm_cleans_up(smollm2_hf: Path, tmp_path: Path) -> None:
 
 def test_completion_help_and_no_command(cli: RunCli) -> None:
     assert "edgeq" in cli("completion", "bash").stdout
-    for command in ("convert", "plan", "imatrix", "bench", "report", "run", "inspect", "verify", "completion"):
+    others = ("imatrix", "bench", "report", "run", "devices", "inspect", "verify", "completion")
+    for command in ("convert", "plan", *others):
         done = cli(command, "--help")
         assert done.returncode == 0, done.stderr
         assert "examples:" in done.stdout

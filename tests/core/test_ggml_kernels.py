@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from edgeq.errors import SessionClosedError, UsageError
+from edgeq.ggml_backend import CpuBackend
 from edgeq.ggml_blocks import quantize_rows
-from edgeq.ggml_kernels import CpuBackend, Matrices, MatrixSet
+from edgeq.ggml_kernels import Matrices, MatrixSet
 from edgeq.ggml_types import TYPES, ggml_type
 
 COLUMNS, ROWS = 512, 64
@@ -107,7 +108,7 @@ def test_blocks_that_do_not_fit_are_refused(backend: CpuBackend) -> None:
 
 def test_vectors_of_another_length_are_refused(backend: CpuBackend) -> None:
     matrices = MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 8), quantize_rows(random_rows(8), "q4_0"))])
-    with pytest.raises(ValueError, match="a vector of"):
+    with pytest.raises(ValueError, match="vectors of"):
         matrices.set_vector(0, vector(COLUMNS - 1))
     matrices.close()
     with pytest.raises(SessionClosedError):
@@ -121,3 +122,28 @@ def test_closing_the_backend_closes_its_matrices() -> None:
     matrices = MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 8), quantize_rows(random_rows(8), "q4_0"))])
     backend.close()
     assert matrices.closed
+
+
+@pytest.mark.parametrize(
+    "name", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_1", "q6_k", "q4_k", "iq4_nl", "iq3_s"]
+)
+@pytest.mark.parametrize("batch", [2, 16, 33])
+def test_products_of_a_batch_are_those_of_the_dequantized_weights(backend: CpuBackend, name: str, batch: int) -> None:
+    blocks = quantize_rows(random_rows(), name, np.ones(COLUMNS, np.float32))
+    vectors = np.random.default_rng(9).standard_normal((batch, COLUMNS), np.float32)
+    with MatrixSet(backend, [Matrices(name, (COLUMNS, ROWS), blocks, copies=2, batch=batch)]) as matrices:
+        matrices.set_vectors(0, vectors)
+        matrices.compute(0)
+        expected = vectors @ dequantized(blocks, name).T
+        for copy in range(2):
+            error = matrices.products(0, copy) - expected
+            assert np.linalg.norm(error) < TOLERANCE * np.linalg.norm(expected)
+        assert np.array_equal(matrices.product(0, 1), matrices.products(0, 1)[0])
+        with pytest.raises(ValueError, match="vectors of"):
+            matrices.set_vectors(0, vectors[1:])
+
+
+def test_a_batch_holds_a_vector() -> None:
+    blocks = quantize_rows(random_rows(4), "q4_0")
+    with CpuBackend(1) as backend, pytest.raises(ValueError, match="0 vectors"):
+        MatrixSet(backend, [Matrices("q4_0", (COLUMNS, 4), blocks, batch=0)])

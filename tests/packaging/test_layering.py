@@ -48,7 +48,7 @@ def layer(module: str) -> str:
     part = parts[1] if len(parts) > 1 else ""
     if part in {"converters", "profiles", "runtime"}:
         return part
-    return "top" if part in {"__main__", "cli", "planner"} else "core"
+    return "top" if part in {"__main__", "cli", "planner", "probe"} else "core"
 
 
 def source_files(repo: Path) -> Iterator[tuple[str, Path]]:

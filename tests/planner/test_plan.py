@@ -94,7 +94,7 @@ def test_a_limit_below_everything_says_so(gguf: Path) -> None:
 
 
 def test_a_device_has_only_its_own_memory(gguf: Path) -> None:
-    memory = msgspec.structs.replace(_LAPTOP.memory, total_bytes=600 * _MIB, reserved_bytes=300 * _MIB)
+    memory = msgspec.structs.replace(_LAPTOP.memory, visible_bytes=600 * _MIB, reserved_bytes=300 * _MIB)
     small = msgspec.structs.replace(_LAPTOP, memory=memory)
     assert effective_budget(Budget(), small).peak_memory_bytes == 300 * _MIB
     plan = make_plan(gguf, small, Budget(), Request())

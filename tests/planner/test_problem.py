@@ -28,6 +28,7 @@ from edgeq.profiles.cost_table import CostEntry, DecodeCosts
 from edgeq.profiles.loader import load_profile
 
 LAPTOP = load_profile("laptop-cpu")
+JETSON = load_profile("jetson-orin")
 HERE = msgspec.structs.replace(LAPTOP, arch=platform.machine())
 OPTIONS = SearchOptions(evidence=EvidenceRequest(tokens=300, estimator="imatrix"), decode_costs="profile")
 MEASURE = dataclasses.replace(OPTIONS, decode_costs="auto")
@@ -98,9 +99,9 @@ def test_kernels_are_timed_where_the_target_is_like_this_machine(
         + matrices
         + 1e3
         * problem.predict(types, SETTINGS, 64).kv_cache_bytes
-        / (HERE.memory.bandwidth_bytes_per_s * HERE.backend.decode_efficiency)
+        / (HERE.memory.bandwidth_bytes_per_s * (HERE.backend.decode_efficiency or 0))
     )
-    for elsewhere in ({"arch": "riscv64"}, {"accelerator": "cuda:sm_87"}):
+    for elsewhere in ({"arch": "riscv64"}, {"gpu": JETSON.gpu, "backends": JETSON.backends}):
         assert "no kernel was timed" in _pose(path, shop, options=MEASURE, **elsewhere).costs_note
     assert len(asked) == 1
 
@@ -173,7 +174,7 @@ def test_experts_are_priced_together_and_their_router_has_a_time(
     item = next(item for item in problem.items if item.name == experts)
     prices = {option.type: option for option in item.options}
     assert prices["f16"].kld == 0 < prices["q8_0"].kld < prices["q4_0"].kld
-    assert prices["q4_0"].ns == 4 * problem.pricing.costs.ns("q4_0", (64, 96))
+    assert prices["q4_0"].ns == 4 * problem.pricing.speeds.decode.ns("q4_0", (64, 96))
     assert router not in {i.name for i in problem.items}
     seen: list[str] = []
     again = dataclasses.replace(shop, progress=lambda stage, *_: seen.append(stage))

@@ -136,7 +136,7 @@ def test_limits_that_can_be_met_are_not_blamed(tiny_problem: Problem, make_deman
 
 def test_memory_beyond_the_device_is_no_way_out(tiny_problem: Problem, make_demand: MakeDemand) -> None:
     profile = tiny_problem.pricing.profile
-    memory = msgspec.structs.replace(profile.memory, total_bytes=profile.memory.reserved_bytes + 2**20)
+    memory = msgspec.structs.replace(profile.memory, visible_bytes=profile.memory.reserved_bytes + 2**20)
     small = msgspec.structs.replace(profile, memory=memory)
     problem = dataclasses.replace(tiny_problem, pricing=dataclasses.replace(tiny_problem.pricing, profile=small))
     demand = dataclasses.replace(make_demand(), budget=Budget(peak_memory_bytes=small.memory.usable_bytes))

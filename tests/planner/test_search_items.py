@@ -22,15 +22,20 @@ from edgeq.errors import ConversionError, UsageError
 from edgeq.ggml_types import TYPES
 from edgeq.planner.candidates import misses
 from edgeq.planner.knapsack import Item, Limits
-from edgeq.planner.search_items import Pricing, items_of, legal_types, limits_of, matrices_ns, token_limits_ms
+from edgeq.planner.search_items import Pricing, items_of, legal_types, limits_of, token_limits_ms, with_prompt
 from edgeq.planner.solver import Infeasible, solve
-from edgeq.profiles.cost import EMBEDDING, file_bytes, predict, prefill_ms
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts, datasheet_costs
+from edgeq.profiles.cost import predict
+from edgeq.profiles.cost_table import CostEntry, DecodeCosts
+from edgeq.profiles.device import DeviceProfile
 from edgeq.profiles.loader import load_profile
-from edgeq.types import Budget, DeviceProfile, Prediction
+from edgeq.profiles.model_latency import prompt_chunks, speeds_of
+from edgeq.profiles.model_memory import file_bytes
+from edgeq.profiles.model_shape import EMBEDDING
+from edgeq.types import Budget, Prediction
 
 LAPTOP, JETSON = load_profile("laptop-cpu"), load_profile("jetson-orin")
 Menu = dict[str, tuple[str, ...]]
+CHUNKS = prompt_chunks(64, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,8 @@ class World:
 
     @property
     def items(self) -> list[Item]:
-        return items_of(self.pricing, self.menu, self.curvatures, self.errors)
+        items = items_of(self.pricing, self.menu, self.curvatures, self.errors)
+        return with_prompt(items, self.pricing, CHUNKS)
 
     def predict(self, types: Mapping[str, str]) -> Prediction:
         return predict(
@@ -56,7 +62,7 @@ class World:
             kv_types=("f16", "f16"),
             ubatch_tokens=64,
             prompt_tokens=64,
-            matrices_ms=matrices_ns(self.pricing, types) / 1e6 if self.pricing.costs.measured else None,
+            speeds=self.pricing.speeds,
         )
 
     def limits(self, budget: Budget, max_file_bytes: int | None = None) -> Limits:
@@ -66,6 +72,7 @@ class World:
             self.base,
             self.predict(self.base),
             names=self.menu,
+            chunks=CHUNKS,
             max_file_bytes=max_file_bytes,
             max_kld=None,
         )
@@ -89,7 +96,10 @@ def make_world(tiny_hf: Callable[..., Path]) -> Callable[..., World]:
     ) -> World:
         header = read_header(tiny_hf(case, width=width).with_suffix(".gguf"))
         stored = {name: tensor.type for name, tensor in header.tensors.items()}
-        pricing = Pricing(model_shape(header), profile, _measured() if measured else datasheet_costs(profile))
+        speeds = speeds_of(profile)
+        if measured:
+            speeds = dataclasses.replace(speeds, decode=_measured())
+        pricing = Pricing(model_shape(header), profile, speeds)
         menu = legal_types(pricing.shape.tensors, stored, quantizable_tensors(header.path), ())
         rng = np.random.default_rng(1)
         flat = Curvature(np.ones(1, np.float32), np.ones(1, np.float32), {32: 1e-3, 256: 5e-3})
@@ -278,15 +288,10 @@ def test_limits_hold_exactly_where_the_budget_does(
 
 
 def test_each_line_of_a_budget_limits_a_tokens_time() -> None:
-    budget = Budget(itl_ms=30.0, tokens_per_s=50.0, ttft_ms=100.0)
-    assert token_limits_ms(budget, 80.0) == {"itl_ms": 30.0, "tokens_per_s": 20.0, "ttft_ms": 20.0}
-    assert token_limits_ms(budget, 1.0)["ttft_ms"] == 50.0
-    assert token_limits_ms(Budget(), 1.0) == {}
+    assert token_limits_ms(Budget(itl_ms=30.0, tokens_per_s=50.0)) == {"itl_ms": 30.0, "tokens_per_s": 20.0}
+    assert token_limits_ms(Budget(ttft_ms=100.0)) == {}
 
 
 def test_without_limits_nothing_is_limited(make_world: Callable[..., World]) -> None:
     world = make_world()
     assert world.limits(Budget()) == Limits()
-    prefill = prefill_ms(world.pricing.shape, LAPTOP, 64)
-    predicted = world.predict(world.base)
-    assert predicted.ttft_ms == pytest.approx(max(prefill, predicted.itl_ms) + predicted.itl_ms)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edgeq.ggml_types import TYPES
 from edgeq.planner.branching import search
-from edgeq.planner.knapsack import QUANTITIES, Item, Limits, Objective, Option, Solution, Table, upper_limit
+from edgeq.planner.knapsack import QUANTITIES, Item, Limits, Objective, Option, Quantity, Solution, Table, upper_limit
 from edgeq.planner.lagrangian import relax
 from edgeq.planner.solver import Infeasible, k_best, solve
 
@@ -54,18 +54,18 @@ def realistic(seed: int, *, layers: int = 30, k_quants: bool = False) -> list[It
     return items
 
 
-def between(items: Sequence[Item], q: Objective, share: float) -> float:
+def between(items: Sequence[Item], q: Quantity, share: float) -> float:
     """A limit that far between the least and the largest sum."""
     least, most = (math.fsum(f(getattr(o, q) for o in i.options) for i in items) for f in (min, max))
     return least + share * (most - least)
 
 
-def mixes(items: Sequence[Item]) -> Iterator[dict[Objective, float]]:
+def mixes(items: Sequence[Item]) -> Iterator[dict[Quantity, float]]:
     for options in itertools.product(*(item.options for item in items)):
         yield {q: math.fsum(getattr(o, q) for o in options) for q in QUANTITIES}
 
 
-def within(mix: dict[Objective, float], limits: Limits) -> bool:
+def within(mix: dict[Quantity, float], limits: Limits) -> bool:
     return all(mix[q] <= upper_limit(q, value) for q, value in limits.given().items())
 
 
@@ -97,7 +97,7 @@ def problems(draw: st.DrawFn) -> tuple[list[Item], Limits]:
         scale = draw(st.sampled_from([1, 1, 1, 30, 1_000_003]))  # now and then one item far larger than the rest
         options = tuple(Option(f"t{j}", a * scale, b * scale, c, d) for j, (a, b, c, d) in enumerate(figures))
         items.append(Item(f"i{i}", options))
-    limits: dict[Objective, float] = {}
+    limits: dict[Quantity, float] = {}
     mix = draw(st.sampled_from(list(mixes(items))))
     for q in draw(st.sets(st.sampled_from(QUANTITIES))):
         # A limit on a mix's own figure is the hard case: one byte less excludes it.
@@ -133,7 +133,7 @@ def assert_explains(items: list[Item], limits: Limits, error: Infeasible) -> Non
     assert error.proven
     assert error.least == {q: pytest.approx(min(mix[q] for mix in everything)) for q in wanted}
 
-    def possible(qs: Sequence[Objective]) -> bool:
+    def possible(qs: Sequence[Quantity]) -> bool:
         return any(within(mix, Limits.of({q: wanted[q] for q in qs})) for mix in everything)
 
     size = len(error.contradiction)
@@ -208,7 +208,7 @@ def test_the_best_few_are_those_of_brute_force(problem: tuple[list[Item], Limits
     names = [item.name for item in items]
     allowed = []
     for options in itertools.product(*(item.options for item in items)):
-        mix: dict[Objective, float] = {q: math.fsum(getattr(o, q) for o in options) for q in QUANTITIES}
+        mix: dict[Quantity, float] = {q: math.fsum(getattr(o, q) for o in options) for q in QUANTITIES}
         if within(mix, limits):
             allowed.append((mix["kld"], [o.type for o in options]))
     if not allowed:

@@ -11,22 +11,15 @@ from hypothesis import strategies as st
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.llama import Context, Model
-from edgeq.profiles.cost import (
-    EMBEDDING,
-    LayerShape,
-    ModelShape,
-    compute_buffer_bytes,
-    file_bytes,
-    kv_cache_bytes,
-    predict,
-    weights_bytes,
-)
+from edgeq.profiles.cost import predict
 from edgeq.profiles.loader import load_profile
+from edgeq.profiles.model_memory import compute_buffer_bytes, file_bytes, kv_cache_bytes, weights_bytes
+from edgeq.profiles.model_shape import EMBEDDING, LayerShape, ModelShape
 
 _LAPTOP = load_profile("laptop-cpu")
 _SHAPE = ModelShape(
     tensors={EMBEDDING: (576, 1000), "blk.0.ffn_down.weight": (1536, 576), "norm": (576,)},
-    layers=[LayerShape(192, 192), LayerShape(192, 192, window=512)],
+    layers=[LayerShape(192, 192, 9), LayerShape(192, 192, 9, window=512)],
     key_head_width=64,
     value_head_width=64,
     embedding_width=576,

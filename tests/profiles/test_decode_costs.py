@@ -17,10 +17,9 @@ from edgeq.errors import UsageError
 from edgeq.ggml_types import TYPES, tensor_bytes
 from edgeq.llama import Context, Model
 from edgeq.profiles import cost_measure, decode_costs
-from edgeq.profiles.cost_measure import legal_matrices, measure_matrices, measure_overhead
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts, datasheet_costs, decoded_matrices
+from edgeq.profiles.cost_measure import legal_matrices, measure_matrices
+from edgeq.profiles.cost_table import CostEntry, DecodeCosts, decoded_matrices
 from edgeq.profiles.decode_costs import costs_for
-from edgeq.profiles.loader import load_profile
 from edgeq.types import from_json, to_json
 
 SMALL = 1 << 20
@@ -137,16 +136,6 @@ def test_decoded_matrices_of_tied_and_untied_models() -> None:
 def test_token_time_is_the_sum() -> None:
     costs = table(entry(ns=10), entry("q4_0", ns=7))
     assert costs.token_ns({("q8_0", (576, 576)): 2, ("q4_0", (576, 576)): 3}) == pytest.approx(41)
-
-
-def test_a_datasheet_knows_bytes_only() -> None:
-    profile = load_profile("laptop-cpu")
-    costs = datasheet_costs(profile)
-    assert not costs.measured
-    speed = profile.memory.bandwidth_bytes_per_s * profile.backend.decode_efficiency
-    for name in ("q4_0", "iq4_nl", "q8_0"):
-        assert costs.ns(name, (576, 1536)) == pytest.approx(1e9 * tensor_bytes(name, (576, 1536)) / speed)
-    assert from_json(to_json(costs), DecodeCosts) == costs
 
 
 def test_every_legal_matrix_once() -> None:
@@ -286,14 +275,6 @@ def test_the_real_measurement_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
     arguments = ([(256, 64)], ["q4_0", "q8_0"])
     first = costs_for(*arguments, threads=1, working_set_bytes=SMALL, budget_s=0.1, cache=cache)
     assert costs_for(*arguments, threads=1, working_set_bytes=SMALL, budget_s=0.1, cache=cache) == first
-
-
-def test_overhead_is_what_the_matrices_leave_of_a_token(smollm2_gguf: Path) -> None:
-    matrices = {("q4_1", (576, 576)): 2}
-    overhead = measure_overhead(smollm2_gguf, matrices, table(entry("q4_1", ns=1000.0)), tokens=4)
-    assert overhead.matrices_ns == pytest.approx(2000.0)
-    assert overhead.ns == pytest.approx(overhead.token_ns - 2000.0)
-    assert overhead.n == 4
 
 
 def test_decoding_is_timed_token_by_token(smollm2_gguf: Path) -> None:

@@ -7,7 +7,8 @@ import gguf.quants
 import numpy as np
 import pytest
 
-from edgeq.ggml_kernels import CpuBackend, Matrices, MatrixSet
+from edgeq.ggml_backend import CpuBackend
+from edgeq.ggml_kernels import Matrices, MatrixSet
 from edgeq.ggml_types import TYPES, GgmlType
 from edgeq.profiles.sample_weights import sample_blocks, sample_vector
 

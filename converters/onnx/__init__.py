@@ -1,0 +1,1 @@
+"""ONNX files: what they hold, what a call computes, and what it takes."""

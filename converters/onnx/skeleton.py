@@ -1,0 +1,189 @@
+"""An ONNX file without its weights: large tensors are skipped over in the mapped file, never read.
+
+What is left is a few hundred kilobytes for any model, and all that shape inference needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.errors import SourceError, require_package
+from edgeq.profiles.onnx_wire import WireError, message_field, read_fields
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Skeleton", "Weight", "element_bits", "read_skeleton"]
+
+_SMALL_BYTES = 4096  # tensors up to here stay: shapes, axes, scalars
+_GRAPH, _INITIALIZER = 7, 5  # ModelProto.graph, GraphProto.initializer
+_DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9  # TensorProto
+_DATA_FIELDS = frozenset({4, 5, 6, 7, _RAW, 10, 11})  # the typed arrays, and raw_data
+_EXTERNAL, _LOCATION, _IS_EXTERNAL = 13, 14, 1
+
+# Bits of one element by TensorProto.DataType; strings (8) have none and are refused.
+_BITS = {
+    **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
+    **dict.fromkeys((4, 5, 10, 16), 16),
+    **dict.fromkeys((1, 6, 12), 32),
+    **dict.fromkeys((7, 11, 13, 14), 64),
+    15: 128,
+    **dict.fromkeys((21, 22, 23), 4),
+    **dict.fromkeys((25, 26), 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One initializer.
+
+    Attributes:
+        name: in the graph.
+        element_type: a ``TensorProto.DataType``.
+        dims: its shape.
+        location: the file that holds it, relative to the model; None for the model itself.
+    """
+
+    name: str
+    element_type: int
+    dims: tuple[int, ...]
+    location: str | None
+
+    @property
+    def n_bytes(self) -> int:
+        """Packed size of the data."""
+        return -(-math.prod(self.dims) * element_bits(self.element_type, self.name) // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A model whose large tensors have no data.
+
+    Attributes:
+        model: the ``ModelProto``.
+        weights: every initializer of the main graph, in the order of the file.
+        file_bytes: of the model and of the files that it refers to.
+    """
+
+    model: onnx.ModelProto
+    weights: Sequence[Weight]
+    file_bytes: int
+
+
+def element_bits(element_type: int, name: str) -> int:
+    """Bits of an element of a ``TensorProto.DataType``.
+
+    Raises:
+        SourceError: strings, or a type that is not known.
+    """
+    if element_type not in _BITS:
+        raise SourceError(
+            f"{name!r} has the ONNX element type {element_type}, which has no fixed size",
+            "Export the model with numbers for all tensors",
+        )
+    return _BITS[element_type]
+
+
+def read_skeleton(path: Path) -> Skeleton:
+    """Read an ONNX file but for the data of its large tensors.
+
+    Args:
+        path: the ``.onnx`` file; external data lies beside it.
+
+    Raises:
+        MissingPackageError: the package onnx is not installed.
+        SourceError: no such file, no ONNX, cut off, or external data that is missing, too short or elsewhere.
+    """
+    onnx = require_package("onnx", "onnx", "to read ONNX models")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size == 0:
+                raise SourceError(f"{path.name} is empty", "Export the model again")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+                model = onnx.ModelProto.FromString(_without_weights(data))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}", "Check the path") from error
+    except (WireError, _decode_error()) as error:
+        raise SourceError(
+            f"{path.name} is no ONNX file, or was cut off ({error})", "Export or download the model again"
+        ) from error
+    if not model.ir_version or not model.graph.node:
+        raise SourceError(f"{path.name} holds no ONNX graph", "Give a model in the ONNX format")
+    places = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.data_location}
+    weights = [
+        Weight(t.name, t.data_type, tuple(t.dims), places.get(t.name, {}).get("location"))
+        for t in model.graph.initializer
+    ]
+    return Skeleton(model, weights, size + _external_bytes(path, weights, places))
+
+
+def _decode_error() -> type[Exception]:
+    """What the protobuf library raises for bytes that are no message; it comes with onnx."""
+    error: type[Exception] = require_package("google.protobuf.message", "onnx", "to read ONNX models").DecodeError
+    return error
+
+
+def _external_bytes(path: Path, weights: Sequence[Weight], places: Mapping[str, Mapping[str, str]]) -> int:
+    """Size of all files that hold external data; every tensor is checked to lie inside its file."""
+    sizes: dict[str, int] = {}
+    for weight in weights:
+        place = places.get(weight.name)
+        if place is None:
+            continue
+        location = place.get("location", "")
+        file = path.parent / location
+        if not location or not file.resolve().is_relative_to(path.parent.resolve()):
+            raise SourceError(
+                f"{path.name} refers to data at {location!r}, outside its own folder",
+                "Put the data file beside the model and export it again",
+            )
+        if location not in sizes:
+            try:
+                sizes[location] = file.stat().st_size
+            except OSError as error:
+                raise SourceError(
+                    f"The weights of {path.name} are in {location}, which is not there",
+                    f"Put {location} beside {path.name}",
+                ) from error
+        offset, length = place.get("offset", "0"), place.get("length", str(weight.n_bytes))
+        if not (offset.isdigit() and length.isdigit()) or int(length) != weight.n_bytes:
+            raise SourceError(
+                f"{path.name} gives {length} bytes at {offset} for {weight.name!r}, which takes {weight.n_bytes}",
+                "Export the model again",
+            )
+        if int(offset) + int(length) > sizes[location]:
+            raise SourceError(f"{location} ends before the data of {weight.name!r}", "Copy or export it again")
+    return sum(sizes.values())
+
+
+def _without_weights(data: memoryview) -> bytes:
+    """A ``ModelProto`` in which large tensors have their name, type and shape only."""
+    return _rewrite(
+        data, 0, len(data), _GRAPH, lambda start, end: _rewrite(data, start, end, _INITIALIZER, _tensor(data))
+    )
+
+
+def _rewrite(data: memoryview, start: int, end: int, number: int, change: Callable[[int, int], bytes]) -> bytes:
+    """A message with every field of that number replaced."""
+    out = bytearray()
+    for field in read_fields(data, start, end):
+        if field.number == number:
+            out += message_field(number, change(field.payload, field.end))
+        else:
+            out += data[field.start : field.end]
+    return bytes(out)
+
+
+def _tensor(data: memoryview) -> Callable[[int, int], bytes]:
+    def shortened(start: int, end: int) -> bytes:
+        if end - start <= _SMALL_BYTES:
+            return bytes(data[start:end])
+        return b"".join(data[f.start : f.end] for f in read_fields(data, start, end) if f.number not in _DATA_FIELDS)
+
+    return shortened

@@ -1,0 +1,1 @@
+"""``edgeq devices probe``: measure the machine it runs on and write its profile."""

@@ -1,0 +1,146 @@
+"""How edgeq runs ONNX models on a CPU: the options that hold least memory, and whose memory can be foretold.
+
+Tried on all-MiniLM-L6-v2 (FP32, 8 x 128 tokens, ONNX Runtime 1.31), peak of the process; each line is one option more:
+
+======================================================  ==========  ==============================================
+options                                                 peak, MiB   why
+======================================================  ==========  ==============================================
+ONNX Runtime's defaults                                 245 to 263  the arena doubles, and patterns hold it twice
+no arena instead                                        302 to 313  glibc's heap does not give freed blocks back
+no memory patterns                                      207 to 211  no second copy of the whole plan
+an arena that grows by what is asked for                202 to 206  nothing is reserved in advance
+a heap that gives back large blocks                     202         otherwise what loading needed stays
+buffers freed after their last use, not reused by plan  187         a plan keeps them alive between two uses
+======================================================  ==========  ==============================================
+
+The last peak is that of loading. Weights in a file of external data are mapped instead of copied: loading then peaks
+at 100 MiB. No option costs time beyond what runs differ by; without the arena a call takes twice as long. Prepacking
+stays on: without it as much memory is taken, only later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from edgeq.errors import SessionError, require_package
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["PROVIDERS", "import_onnxruntime", "onnx_session_options", "open_onnx_session"]
+
+PROVIDERS = ("CPUExecutionProvider",)
+_SAME_AS_REQUESTED = 1  # ArenaExtendStrategy::kSameAsRequested
+_WARNINGS_OFF = 3  # errors only: what ONNX Runtime warns of while it optimizes is no concern of a robot's log
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_MAPPED_WHILE_LOADING = 128 << 10  # glibc's own first value
+_MAPPED_WHILE_SERVING = 32 << 20  # and its last, where a process with large arrays ends up
+
+
+def import_onnxruntime() -> ModuleType:
+    """The module ``onnxruntime``.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    return require_package("onnxruntime", "perception", "to run ONNX models")
+
+
+def onnx_session_options(threads: int, *, dims: Mapping[str, int] | None = None) -> onnxruntime.SessionOptions:
+    """Options of a session on the CPU.
+
+    Args:
+        threads: that compute one call; calls are not run in parallel.
+        dims: sizes of dynamic axes, if the session shall take no others: it then knows all shapes beforehand, which
+            takes fewer nodes and less memory.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        SessionError: another part of the program registered an allocator with ONNX Runtime before.
+    """
+    ort = import_onnxruntime()
+    _register_arena()
+    options: onnxruntime.SessionOptions = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _WARNINGS_OFF
+    options.enable_mem_pattern = False
+    options.enable_mem_reuse = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    for name, size in (dims or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
+    return options
+
+
+@functools.cache
+def _register_arena() -> None:
+    """One arena for all sessions of the process, which grows by exactly what is asked for."""
+    ort = import_onnxruntime()
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # 0 and -1 leave a setting to ONNX Runtime.
+    settings = {
+        "max_mem": 0,
+        "arena_extend_strategy": _SAME_AS_REQUESTED,
+        "initial_chunk_size_bytes": -1,
+        "max_dead_bytes_per_chunk": -1,
+    }
+    try:
+        ort.create_and_register_allocator(where, ort.OrtArenaCfg(settings))
+    except RuntimeError as error:
+        raise SessionError(
+            f"ONNX Runtime refused edgeq's memory arena: {error}", "Let no other code register an allocator"
+        ) from error
+
+
+def open_onnx_session(
+    model: str | os.PathLike[str] | bytes, threads: int, *, dims: Mapping[str, int] | None = None
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU that gives back what it needed only to load.
+
+    Args:
+        model: the ``.onnx`` file, or its contents.
+        threads: see `onnx_session_options`.
+        dims: see `onnx_session_options`.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        SessionError: ONNX Runtime cannot load the model.
+    """
+    ort = import_onnxruntime()
+    source: Any = model if isinstance(model, bytes) else os.fspath(model)
+    options = onnx_session_options(threads, dims=dims)
+    try:
+        with _frugal_heap():
+            session: onnxruntime.InferenceSession = ort.InferenceSession(source, options, providers=list(PROVIDERS))
+    except Exception as error:  # its exceptions have no common base but Exception
+        what = "the model" if isinstance(model, bytes) else os.fspath(model)
+        raise SessionError(
+            f"ONNX Runtime cannot load {what}: {error}", "Export it again, or install another onnxruntime"
+        ) from error
+    return session
+
+
+@contextlib.contextmanager
+def _frugal_heap() -> Iterator[None]:
+    """Give each block above 128 KiB back to the system at once while a model is loaded, and the rest afterwards.
+
+    glibc raises the size from which it does so with every large block that is freed, up to 32 MiB: weights that
+    ONNX Runtime has copied or packed then stay in the heap. Other C libraries have neither habit nor calls.
+    """
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _MAPPED_WHILE_LOADING)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_WHILE_SERVING)
+        trim(0)
