@@ -58,8 +58,12 @@ def last_level_cache_bytes() -> int | None:
 
 
 def default_working_set() -> int:
-    """Twice the last-level cache, but no less than 64 MiB: weights come from memory, as a large model's do."""
-    return max(_SMALLEST_WORKING_SET, 2 * (last_level_cache_bytes() or 0))
+    """Four last-level caches, but no less than 64 MiB: weights come from memory, as a large model's do.
+
+    With two of them a quarter of the weights was still found in the cache (32 MiB, AMD EPYC), with four as little as
+    with eight.
+    """
+    return max(_SMALLEST_WORKING_SET, 4 * (last_level_cache_bytes() or 0))
 
 
 def machine_name() -> str:

@@ -58,7 +58,7 @@ def costs_for(
         shapes: (columns, rows) as ggml counts, row length first.
         types: names of types; those whose blocks do not divide a shape's rows are left out for that shape.
         threads: as many as the session will have.
-        working_set_bytes: the size of the model's weights; None for twice the last-level cache.
+        working_set_bytes: the size of the model's weights; None for `default_working_set`.
         progress: told matrices done, matrices in all, and what is in work; not called if nothing has to be measured.
         budget_s: about how long measuring may take.
         cache: None for `costs_cache`.

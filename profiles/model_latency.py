@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
+
+from msgspec.structs import replace
 
 from edgeq.ggml_types import ggml_type
 from edgeq.probe_points import AttentionPoint, MatmulPoint
@@ -108,9 +111,26 @@ def speeds_of(profile: DeviceProfile) -> Speeds:
 
 
 def measured_speeds(costs: LanguageCosts, threads: int) -> Speeds:
-    """What the probe found with so many threads."""
-    kernels = Kernels(costs.matmuls, costs.attention, threads)
-    return Speeds(costs.decode, kernels, costs.token_ns, costs.layer_ns, costs.layer_ns_per_value)
+    """What the probe found with so many threads, at the median.
+
+    The tables hold lower quartiles, which compare types well on a machine that is disturbed; a session sees the middle.
+    That is half the distance between the quartiles above them, taken from all points together.
+    """
+    decode = _slowness(entry.spread for entry in costs.decode.entries)
+    matmul = _slowness(point.spread for point in costs.matmuls)
+    attention = _slowness(point.spread for point in costs.attention)
+    entries = tuple(replace(entry, ns=entry.ns * decode) for entry in costs.decode.entries)
+    kernels = Kernels(
+        tuple(replace(point, flops_per_s=point.flops_per_s / matmul) for point in costs.matmuls),
+        tuple(replace(point, ns=point.ns * attention) for point in costs.attention),
+        threads,
+    )
+    table = replace(costs.decode, entries=entries)
+    return Speeds(table, kernels, costs.token_ns, costs.layer_ns, costs.layer_ns_per_value)
+
+
+def _slowness(spreads: Iterable[float]) -> float:
+    return 1 + statistics.median([*spreads] or [0.0])
 
 
 def _multiplied(shape: ModelShape, tensor: str) -> bool:

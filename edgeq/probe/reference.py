@@ -22,6 +22,7 @@ __all__ = ["Reading", "SpeedReference", "spread_of"]
 
 _TYPE = "q8_0"
 _DECODE_SHAPE, _PROMPT_SHAPE, _BATCH = (2048, 4096), (512, 2048), 128
+_PROMPT_COPIES = 8  # some ten milliseconds
 _ROUNDS = 7
 
 
@@ -39,7 +40,7 @@ class Reading:
 
 
 class SpeedReference(Handle):
-    """The two kernels, ready to be timed: some 70 MiB of matrices. A context manager."""
+    """The two kernels, ready to be timed: four last-level caches of matrices. A context manager."""
 
     def __init__(self, threads: int) -> None:
         """Fill the matrices.
@@ -56,7 +57,7 @@ class SpeedReference(Handle):
         self._copies = -(-default_working_set() // size)
         kinds = [
             Matrices(_TYPE, _DECODE_SHAPE, sample_blocks(kind, _DECODE_SHAPE[0]), self._copies),
-            Matrices(_TYPE, _PROMPT_SHAPE, sample_blocks(kind, _PROMPT_SHAPE[0]), 1, _BATCH),
+            Matrices(_TYPE, _PROMPT_SHAPE, sample_blocks(kind, _PROMPT_SHAPE[0]), _PROMPT_COPIES, _BATCH),
         ]
         with contextlib.ExitStack() as stack:
             backend = stack.enter_context(CpuBackend(threads))
@@ -69,7 +70,7 @@ class SpeedReference(Handle):
         self.check_open()
         times: tuple[list[float], list[float]] = ([], [])
         for turn in range(_ROUNDS + 1):  # the first one fills the caches
-            for index, copies in enumerate((self._copies, 1)):
+            for index, copies in enumerate((self._copies, _PROMPT_COPIES)):
                 before = time.perf_counter_ns()
                 self._matrices.compute(index)
                 if turn:
