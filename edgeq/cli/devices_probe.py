@@ -13,6 +13,7 @@ from edgeq.cli.files import check_output, write_output
 if TYPE_CHECKING:
     from edgeq.profiles.device import DeviceProfile
     from edgeq.profiles.measured import LanguageCosts, Measured
+    from edgeq.profiles.onnx_cost import OnnxFigures
 
 EXAMPLES = """\
 edgeq devices probe -o my-robot.yaml
@@ -90,7 +91,7 @@ def _lines(profile: DeviceProfile, measured: Measured) -> list[str]:
         f"cpu      {cpu.name}, {cpu.cores} cores, {' '.join(cpu.features)}",
         f"memory   {format_bytes(memory.visible_bytes)}, {format_bytes(memory.usable_bytes)} of them for models",
     ]
-    return sections(head, _bandwidth_lines(measured), _language_lines(measured.language))
+    return sections(head, _bandwidth_lines(measured), _language_lines(measured.language), _onnx_lines(measured.onnx))
 
 
 def _bandwidth_lines(measured: Measured) -> list[str]:
@@ -101,6 +102,18 @@ def _bandwidth_lines(measured: Measured) -> list[str]:
         for p in measured.bandwidth
     ]
     return format_table(["threads", "triad", "reading"], rows, right=[0, 1, 2])
+
+
+def _onnx_lines(found: OnnxFigures | None) -> list[str]:
+    if found is None:
+        return ["ONNX Runtime: not measured, it is not installed"]
+    fp32, int8 = found.fp32_flops_per_s, found.int8_ops_per_s
+    return [
+        (
+            f"ONNX Runtime {found.onnxruntime}, products of 256 rows: FP32 {fp32 / 1e9:.0f} GFLOP/s, "
+            f"INT8 {int8 / 1e9:.0f} GOP/s ({int8 / fp32:.2f} times)"
+        )
+    ]
 
 
 def _language_lines(costs: LanguageCosts | None) -> list[str]:

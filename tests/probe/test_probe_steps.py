@@ -1,0 +1,104 @@
+"""The probe itself, really run, with few types so that it takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgeq.cli import main
+from edgeq.probe import steps
+from edgeq.probe.reference import Reading, SpeedReference, spread_of
+from edgeq.probe.session_costs import DEEP, SHALLOW, measure_session
+from edgeq.profiles.loader import load_profile
+from edgeq.profiles.model_latency import Kernels, decode_ms, speeds_of, ttft_ms
+from edgeq.profiles.probe_attention import SHAPES
+from edgeq.profiles.sample_model import SampleModel, sample_types
+
+TYPES = ("f16", "q8_0", "q4_0")
+
+
+@pytest.fixture
+def few_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "PROBED_TYPES", TYPES)
+    monkeypatch.setattr(steps, "DECODE_SHAPES", ((512, 256), (512, 4096)))
+    monkeypatch.setattr(steps, "MATMUL_SHAPES", ((512, 512),))
+    monkeypatch.setattr(steps, "KV_TYPES", ("f16", "q8_0"))
+    monkeypatch.setattr(steps, "_USUAL_KV", ("f16",))
+    monkeypatch.setattr(steps, "SHAPES", SHAPES[:1])
+
+
+def test_a_probed_machine_has_a_profile_that_predicts(
+    tmp_path: Path, few_types: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my robot.yaml"
+    assert main(["devices", "probe", "-o", str(out), "--seconds", "2", "--threads", "1"]) == 0
+    told = capsys.readouterr()
+    assert "q8_0" in told.out
+    assert f"wrote {out}" in told.out
+    profile = load_profile(str(out))
+    assert (profile.name, profile.threads, profile.provenance) == ("my-robot", 1, "measured")
+    found = profile.measured
+    assert found is not None
+    assert found.language is not None
+    assert {entry.type for entry in found.language.decode.entries} == set(TYPES)
+    assert all(f"warning: do not trust these figures: {doubt}" in told.err for doubt in found.doubts)
+    assert found.bandwidth[0].read_bytes_per_s > 1e8
+    speeds = speeds_of(profile)
+    assert isinstance(speeds.prompts, Kernels)
+    model = SampleModel(layers=4, width=512, feed_forward=1024, heads=8, kv_heads=4)
+    shape, types = model.shape(), sample_types(model)
+    token = decode_ms(shape, types, speeds, kv_types=("f16", "f16"), cached_tokens=128)
+    prompt = ttft_ms(shape, types, speeds, kv_types=("f16", "f16"), prompt_tokens=128, ubatch_tokens=128)
+    assert 0 < token < prompt < 128 * token
+    # Nothing is overwritten unasked.
+    assert main(["devices", "probe", "-o", str(out)]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def test_without_a_file_the_profile_is_the_result(few_types: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "probe", "--seconds", "1", "--threads", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["name"] == "this-machine"
+    assert document["measured"]["language"]["decode"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seconds", "0"], ["--seconds", "x"], ["--threads", "0"], ["--threads", "100000"]]
+)
+def test_nonsense_is_refused_before_any_work(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["devices", "probe", *arguments])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "probe", "-o", str(tmp_path / "missing" / "x.yaml")]) == 1
+    assert "missing" in capsys.readouterr().err
+
+
+def test_a_session_takes_more_time_for_more_layers_and_tells_its_memory() -> None:
+    shallow, deep = measure_session((SHALLOW, DEEP), threads=1)
+    assert deep.decode_ns > shallow.decode_ns
+    assert deep.prompt_ns > shallow.prompt_ns
+    for found in (shallow, deep):
+        assert 20 << 20 < found.beside_bytes < 200 << 20  # an interpreter with numpy and llama.cpp
+
+
+def test_readings_tell_how_much_a_machine_changes() -> None:
+    assert spread_of([Reading(100.0, 50.0), Reading(150.0, 50.0)]) == pytest.approx((0.5, 0.0))
+    with SpeedReference(1) as reference:
+        readings = [reference.read() for _ in range(2)]
+    assert all(reading.decode_ns > 0 < reading.prompt_ns for reading in readings)
+
+
+def test_a_doubt_names_what_changed() -> None:
+    steady, slower = Reading(100.0, 50.0), Reading(130.0, 51.0)
+    (doubt,) = steps._unsteady((steady, slower))
+    assert doubt.startswith("the speed of memory changed by 30%")
+    assert steps._unsteady((steady, steady)) == ()
+    assert steps._unsteady(()) == ()
