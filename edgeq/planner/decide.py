@@ -15,7 +15,7 @@ from edgeq.converters.gguf.sensitivity.evidence import Evidence, Workshop
 from edgeq.errors import UsageError
 from edgeq.llama_library import default_threads
 from edgeq.planner.candidates import Menu, effective_budget, misses
-from edgeq.planner.plan import Request, settings_for
+from edgeq.planner.plan import Request, profile_notes, settings_for
 from edgeq.planner.problem import Problem, SearchOptions
 from edgeq.planner.search import Demand, Goal, search
 from edgeq.profiles.device import DeviceProfile
@@ -148,7 +148,7 @@ def searched_plan(
         gpu_layers=-1 if profile.accelerator.startswith("cuda") else 0,
         predicted=found.predicted,
         search=found.record,
-        notes=(*notes, *problem.evidence.notes),
+        notes=(*notes, *problem.evidence.notes, *profile_notes(profile, request.threads)),
     )
     return Found(plan, problem.evidence, found.file)
 

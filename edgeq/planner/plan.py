@@ -17,7 +17,7 @@ from edgeq.profiles.device import DeviceProfile
 from edgeq.types import Budget, Plan, Rejection
 from edgeq.units import format_bytes
 
-__all__ = ["Request", "largest_that_fits", "make_plan", "settings_for"]
+__all__ = ["Request", "largest_that_fits", "make_plan", "profile_notes", "settings_for"]
 
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_PROMPT_TOKENS = 128
@@ -114,8 +114,24 @@ def make_plan(
         gpu_layers=-1 if profile.accelerator.startswith("cuda") else 0,
         predicted=chosen.predicted,
         rejected=rejected,
-        notes=tuple(notes),
+        notes=(*notes, *profile_notes(profile, request.threads)),
     )
+
+
+def profile_notes(profile: DeviceProfile, threads: int | None) -> tuple[str, ...]:
+    """What a user must know of the figures that a plan's predictions stand on.
+
+    Args:
+        profile: the device.
+        threads: that the user asked for.
+    """
+    measured = profile.measured
+    if measured is None:
+        return ()
+    notes = [f"predicted from a probe that doubts itself: {doubt}" for doubt in measured.doubts]
+    if threads is not None and threads != measured.threads:
+        notes.append(f"times are predicted for {measured.threads} threads, as {profile.name} was probed, not {threads}")
+    return tuple(notes)
 
 
 def _distinct(choices: Iterable[Choice]) -> list[Choice]:

@@ -10,8 +10,10 @@ from edgeq.converters.gguf.presets import LADDER
 from edgeq.converters.gguf.recipe import parse_override
 from edgeq.errors import BudgetError, UsageError
 from edgeq.planner.candidates import effective_budget, misses
-from edgeq.planner.plan import Request, make_plan
+from edgeq.planner.plan import Request, make_plan, profile_notes
 from edgeq.profiles.loader import load_profile
+from edgeq.profiles.measured import Measured
+from edgeq.profiles.system_facts import read_facts
 from edgeq.types import Budget
 
 _LAPTOP = load_profile("laptop-cpu")
@@ -84,7 +86,7 @@ def test_a_preset_that_does_not_fit_is_answered_with_smaller_ones_too(gguf: Path
 
 def test_what_costs_more_quality_is_offered_when_nothing_else_fits(gguf: Path) -> None:
     with pytest.raises(BudgetError) as caught:
-        make_plan(gguf, _LAPTOP, Budget(peak_memory_bytes=165 * _MIB), Request())
+        make_plan(gguf, _LAPTOP, Budget(peak_memory_bytes=157 * _MIB), Request())
     assert any("--quant q3_k_s" in line or "--quant q2_k" in line for line in caught.value.details)
 
 
@@ -135,3 +137,19 @@ def test_quantities_that_are_not_predicted_are_left_to_the_measurement(gguf: Pat
     plan = make_plan(gguf, _LAPTOP, Budget(), Request())
     assert misses(plan.predicted, Budget(load_ms=0.001, power_w=0.001)) == []
     assert [m.label for m in misses(plan.predicted, Budget(itl_ms=0.001))] == ["inter-token latency"]
+
+
+def test_a_plan_says_what_its_predictions_stand_on() -> None:
+    assert profile_notes(_LAPTOP, 4) == ()
+    measured = Measured(
+        taken_utc="2026-11-22T10:00:00+00:00",
+        edgeq="0.1.0",
+        threads=2,
+        host_load=0.4,
+        doubts=("host loaded: a lot",),
+        facts=read_facts(),
+    )
+    probed = msgspec.structs.replace(_LAPTOP, name="robot", measured=measured)
+    assert profile_notes(probed, None) == ("predicted from a probe that doubts itself: host loaded: a lot",)
+    assert profile_notes(probed, 4)[1:] == ("times are predicted for 2 threads, as robot was probed, not 4",)
+    assert len(profile_notes(probed, 2)) == 1
