@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 from edgeq.converters.onnx.graph import dynamic_axes, read_onnx
 from edgeq.converters.onnx.skeleton import read_skeleton
@@ -21,10 +23,6 @@ from edgeq.errors import SourceError, UnsupportedModelError, UsageError
 from edgeq.profiles.onnx_cost import OnnxShape
 from edgeq.profiles.onnx_memory import played_arena_bytes
 from edgeq.profiles.onnx_models import OnnxNode, ValueInfo, encode_model
-
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-torch = pytest.importorskip("torch")
 
 WIDTH, HEADS = 64, 4
 Export = Callable[..., Path]
