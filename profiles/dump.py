@@ -24,12 +24,11 @@ _UNITS: tuple[tuple[str, Callable[[float], str]], ...] = (
 )
 
 
-def profile_yaml(profile: DeviceProfile, *, extends: str | None = None, comment: str = "") -> str:
+def profile_yaml(profile: DeviceProfile, *, comment: str = "") -> str:
     """The profile as a YAML document.
 
     Args:
         profile: what to write; defaults are left out.
-        extends: a profile to stand on; what it says too is written all the same.
         comment: lines for the top of the file.
     """
     import yaml
@@ -40,10 +39,9 @@ def profile_yaml(profile: DeviceProfile, *, extends: str | None = None, comment:
         if key in fields:
             fields[key] = {item["name"]: {k: v for k, v in item.items() if k != "name"} for item in fields[key]}
     name = {"name": fields.pop("name")}
-    head = name if extends is None else {**name, "extends": extends}
     sources = {"sources": fields.pop("sources")}
     text = yaml.safe_dump(
-        {**head, **_with_units(fields, ""), **sources},
+        {**name, **_with_units(fields, ""), **sources},
         sort_keys=False,
         allow_unicode=True,
         width=1 << 16,

@@ -120,8 +120,9 @@ def open_onnx_session(
             session: onnxruntime.InferenceSession = ort.InferenceSession(source, options, providers=list(PROVIDERS))
     except Exception as error:  # its exceptions have no common base but Exception
         what = "the model" if isinstance(model, bytes) else os.fspath(model)
+        reason = " ".join(str(error).split())  # some of its messages have several lines
         raise SessionError(
-            f"ONNX Runtime cannot load {what}: {error}", "Export it again, or install another onnxruntime"
+            f"ONNX Runtime cannot load {what}: {reason}", "Export it again, or install another onnxruntime"
         ) from error
     return session
 
