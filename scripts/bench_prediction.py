@@ -47,7 +47,7 @@ from edgeq.runtime.bench_process import WorkerProcess
 from edgeq.runtime.bench_worker import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.types import Budget, Plan
 
-# A mix of seven types, repacked ones and others, as a search may choose.
+# A mix of six types, repacked ones and others, as a search may choose.
 MIX = (
     Override("token_embd", "q5_0"),
     Override("ffn_gate", "iq4_nl"),
