@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from edgeq.errors import ProfileError, UsageError
 from edgeq.profiles.loader import parse_profile
 from edgeq.profiles.schema import parse_fields, sources_of
 
-_LAPTOP = (resources.files("edgeq.profiles") / "laptop-cpu.yaml").read_text()
+# A copy, so that a shipped figure may change.
+_LAPTOP = (Path(__file__).parent / "samples" / "laptop-cpu.yaml").read_text()
 _NANO = (resources.files("edgeq.profiles") / "jetson-orin-nano-8gb.yaml").read_text()
 
 
