@@ -24,7 +24,7 @@ from edgeq.converters.gguf.layout import expected_tensors
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.errors import SourceError, UnsupportedModelError, require_package
 from edgeq.ggml_types import ggml_type, tensor_bytes
-from edgeq.profiles.model_shape import OUTPUT, ModelShape
+from edgeq.profiles.llm.model_shape import OUTPUT, ModelShape
 from edgeq.registry import nearest
 
 __all__ = ["shape_of_config", "write_shape_skeleton"]

@@ -7,9 +7,9 @@ from typing import Annotated
 import msgspec
 
 from edgeq.probe_points import AttentionPoint, BandwidthPoint, MatmulPoint
-from edgeq.profiles.cost_table import DecodeCosts
-from edgeq.profiles.onnx_cost import OnnxFigures
-from edgeq.profiles.system_facts import SystemFacts
+from edgeq.profiles.facts.system_facts import SystemFacts
+from edgeq.profiles.kernels.cost_table import DecodeCosts
+from edgeq.profiles.onnx.cost import OnnxFigures
 from edgeq.record import Count, Record, Threads
 
 __all__ = ["LanguageCosts", "Measured"]

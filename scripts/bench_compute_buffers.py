@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.llama import capture_log, library
-from edgeq.profiles.model_memory import compute_buffer_bytes
+from edgeq.profiles.llm.model_memory import compute_buffer_bytes
 
 if TYPE_CHECKING:
     import gguf

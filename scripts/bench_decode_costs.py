@@ -29,8 +29,14 @@ from edgeq.converters.gguf.quantize import preview, quantizable_tensors, quantiz
 from edgeq.errors import EdgeqError
 from edgeq.ggml_types import TYPES
 from edgeq.llama import Context, Model, default_threads
-from edgeq.profiles.cost_measure import decode_times, legal_matrices, measure_matrices, other_busy_cpus, undisturbed
-from edgeq.profiles.cost_table import DecodeCosts, Matrix, decoded_matrices
+from edgeq.profiles.kernels.cost_measure import (
+    decode_times,
+    legal_matrices,
+    measure_matrices,
+    other_busy_cpus,
+    undisturbed,
+)
+from edgeq.profiles.kernels.cost_table import DecodeCosts, Matrix, decoded_matrices
 
 PURE = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
 MIXED = ("q4_k_m",)

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from edgeq.converters.onnx.graph import read_onnx
 from edgeq.errors import EdgeqError
-from edgeq.profiles.onnx_cost import OnnxFigures, OnnxPrediction, predict_onnx
-from edgeq.profiles.onnx_measure import measure_onnx
+from edgeq.profiles.onnx.cost import OnnxFigures, OnnxPrediction, predict_onnx
+from edgeq.profiles.onnx.measure import measure_onnx
 from edgeq.types import from_json, to_json
 
 BATCHES = (1, 8)
@@ -39,7 +39,7 @@ OPSET = 20
 CHILD = """
 import json, sys, time
 import numpy as np
-from edgeq.profiles.onnx_session import open_onnx_session
+from edgeq.profiles.onnx.session import open_onnx_session
 
 path, batch, sequence, threads, seconds = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
 session = open_onnx_session(path, threads)

@@ -40,9 +40,9 @@ from edgeq.probe.reference import Reading, SpeedReference
 from edgeq.probe.session_costs import MODEL_FILE, describe_bundle
 from edgeq.probe.steps import probe_machine
 from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.llm.model_latency import decode_ms, speeds_of, ttft_ms
 from edgeq.profiles.loader import load_profile
 from edgeq.profiles.measured import LanguageCosts
-from edgeq.profiles.model_latency import decode_ms, speeds_of, ttft_ms
 from edgeq.runtime.bench_process import WorkerProcess
 from edgeq.runtime.bench_worker import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.types import Budget, Plan

@@ -26,9 +26,9 @@ from edgeq.converters.gguf.presets import find_preset
 from edgeq.converters.gguf.quantize import preview
 from edgeq.errors import EdgeqError, ProfileError, UsageError
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
+from edgeq.profiles.llm.model_shape import ModelShape
+from edgeq.profiles.llm.weight_schemes import SCHEMES, decode_ms, ggml_read_bytes, kv_read_bytes, scheme_read_bytes
 from edgeq.profiles.loader import load_profile
-from edgeq.profiles.model_shape import ModelShape
-from edgeq.profiles.weight_schemes import SCHEMES, decode_ms, ggml_read_bytes, kv_read_bytes, scheme_read_bytes
 from edgeq.strict_yaml import load_yaml
 
 FIGURES = Path(__file__).with_name("published_figures.yaml")

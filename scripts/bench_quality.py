@@ -43,8 +43,8 @@ from edgeq.planner.knapsack import Item
 from edgeq.planner.plan import Request
 from edgeq.planner.problem import Problem, SearchOptions, pose
 from edgeq.planner.search import Goal, held_out_text, search, selection_text
+from edgeq.profiles.llm.model_memory import file_bytes
 from edgeq.profiles.loader import load_profile
-from edgeq.profiles.model_memory import file_bytes
 from edgeq.types import Budget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

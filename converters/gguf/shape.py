@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeq.converters.gguf.header import GgufHeader
 from edgeq.errors import SourceError
-from edgeq.profiles.model_shape import EMBEDDING, LayerShape, ModelShape
+from edgeq.profiles.llm.model_shape import EMBEDDING, LayerShape, ModelShape
 from edgeq.types import Artifact
 
 __all__ = ["describe_artifact", "model_shape"]

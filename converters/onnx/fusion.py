@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 
-from edgeq.profiles.onnx_memory import GraphNode
+from edgeq.profiles.onnx.memory import GraphNode
 
 __all__ = ["Facts", "fuse"]
 

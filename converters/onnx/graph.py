@@ -11,8 +11,8 @@ from edgeq.converters.onnx.infer import Inferred, bind_inputs, folded_by, infer_
 from edgeq.converters.onnx.ops import make_node
 from edgeq.converters.onnx.skeleton import Skeleton, element_bits, read_skeleton
 from edgeq.errors import require_package
-from edgeq.profiles.onnx_cost import Form, OnnxShape, Parameter
-from edgeq.profiles.onnx_memory import GraphNode, GraphValue, execution_order
+from edgeq.profiles.onnx.cost import Form, OnnxShape, Parameter
+from edgeq.profiles.onnx.memory import GraphNode, GraphValue, execution_order
 
 if TYPE_CHECKING:
     import onnx

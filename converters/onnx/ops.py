@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeq.converters.onnx.infer import Inferred
 from edgeq.converters.onnx.skeleton import element_bits
-from edgeq.profiles.onnx_memory import GraphNode, Kind, ProductKernel
+from edgeq.profiles.onnx.memory import GraphNode, Kind, ProductKernel
 
 if TYPE_CHECKING:
     import onnx

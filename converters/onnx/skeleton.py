@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.errors import SourceError, require_package
-from edgeq.profiles.onnx_wire import WireError, message_field, read_fields
+from edgeq.profiles.onnx.wire import WireError, message_field, read_fields
 
 if TYPE_CHECKING:
     import onnx

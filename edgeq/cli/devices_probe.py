@@ -13,7 +13,7 @@ from edgeq.cli.files import check_output, write_output
 if TYPE_CHECKING:
     from edgeq.profiles.device import DeviceProfile
     from edgeq.profiles.measured import LanguageCosts, Measured
-    from edgeq.profiles.onnx_cost import OnnxFigures
+    from edgeq.profiles.onnx.cost import OnnxFigures
 
 EXAMPLES = """\
 edgeq devices probe -o my-robot.yaml

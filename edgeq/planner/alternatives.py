@@ -10,7 +10,7 @@ from edgeq.errors import BudgetError, UsageError
 from edgeq.ggml_types import ggml_type
 from edgeq.planner.candidates import Candidate, Choice, Menu, Settings, misses
 from edgeq.profiles.device import DeviceProfile
-from edgeq.profiles.model_memory import file_bytes
+from edgeq.profiles.llm.model_memory import file_bytes
 from edgeq.types import Budget
 from edgeq.units import format_bytes, format_ms
 

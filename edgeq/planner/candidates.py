@@ -15,9 +15,9 @@ from edgeq.converters.gguf.quantize import preview, quantizable_tensors
 from edgeq.converters.gguf.recipe import Override, apply_overrides
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.ggml_types import ggml_type
-from edgeq.profiles.cost import predict
 from edgeq.profiles.device import DeviceProfile
-from edgeq.profiles.model_shape import ModelShape
+from edgeq.profiles.llm.cost import predict
+from edgeq.profiles.llm.model_shape import ModelShape
 from edgeq.types import BUDGET_LINES, Budget, Fallback, Prediction
 from edgeq.units import format_quantity
 

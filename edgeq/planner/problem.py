@@ -19,10 +19,10 @@ from edgeq.ggml_types import TYPES
 from edgeq.planner.candidates import Settings
 from edgeq.planner.knapsack import Item, Solution
 from edgeq.planner.search_items import Pricing, items_of, legal_types
-from edgeq.profiles.cost import predict
-from edgeq.profiles.decode_costs import costs_for
 from edgeq.profiles.device import DeviceProfile
-from edgeq.profiles.model_latency import Speeds, speeds_of
+from edgeq.profiles.kernels.decode_costs import costs_for
+from edgeq.profiles.llm.cost import predict
+from edgeq.profiles.llm.model_latency import Speeds, speeds_of
 from edgeq.types import Prediction
 
 __all__ = ["Problem", "SearchOptions", "pose"]

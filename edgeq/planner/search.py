@@ -20,7 +20,7 @@ from edgeq.planner.search_errors import infeasible_mix
 from edgeq.planner.search_items import limits_of, with_prompt
 from edgeq.planner.solver import Infeasible, Limits, solve
 from edgeq.planner.trials import run_trials, within
-from edgeq.profiles.model_latency import prompt_chunks
+from edgeq.profiles.llm.model_latency import prompt_chunks
 from edgeq.search_record import Calibration, SearchRecord
 from edgeq.types import Budget, Prediction
 

@@ -13,9 +13,9 @@ from edgeq.errors import ConversionError
 from edgeq.ggml_types import TYPES, ggml_type, tensor_bytes
 from edgeq.planner.knapsack import Item, Limits, Option
 from edgeq.profiles.device import DeviceProfile
-from edgeq.profiles.model_latency import Speeds, tensor_decode_ns, tensor_prompt_ns
-from edgeq.profiles.model_memory import held_twice
-from edgeq.profiles.model_shape import ModelShape
+from edgeq.profiles.llm.model_latency import Speeds, tensor_decode_ns, tensor_prompt_ns
+from edgeq.profiles.llm.model_memory import held_twice
+from edgeq.profiles.llm.model_shape import ModelShape
 from edgeq.types import Budget, Prediction
 
 __all__ = ["Pricing", "items_of", "legal_types", "limits_of", "token_limits_ms", "with_prompt"]

@@ -9,9 +9,9 @@ import msgspec
 from edgeq.errors import ProfileError
 from edgeq.ggml_types import ggml_type
 from edgeq.profiles.device import Backend, Cpu, DeviceProfile, Memory
+from edgeq.profiles.facts.system_facts import SystemFacts
 from edgeq.profiles.loader import known_profiles
 from edgeq.profiles.measured import LanguageCosts, Measured
-from edgeq.profiles.system_facts import SystemFacts
 from edgeq.types import Budget
 from edgeq.units import format_bytes
 

@@ -15,8 +15,8 @@ from edgeq.ggml_backend import CpuBackend
 from edgeq.ggml_kernels import Matrices, MatrixSet
 from edgeq.ggml_types import ggml_type
 from edgeq.llama_handle import Handle
-from edgeq.profiles.cost_measure import default_working_set, undisturbed
-from edgeq.profiles.sample_weights import sample_blocks
+from edgeq.profiles.kernels.cost_measure import default_working_set, undisturbed
+from edgeq.profiles.kernels.sample_weights import sample_blocks
 
 __all__ = ["Reading", "SpeedReference", "spread_of"]
 

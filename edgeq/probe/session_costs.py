@@ -18,9 +18,9 @@ from edgeq._version import __version__
 from edgeq.bundle import SCHEMA_VERSION, describe_file, write_manifest
 from edgeq.errors import SessionError
 from edgeq.llama import Context, Model
-from edgeq.profiles.cost_measure import undisturbed
-from edgeq.profiles.model_memory import vocabulary_bytes
-from edgeq.profiles.sample_model import SampleModel, sample_types, write_sample_model
+from edgeq.profiles.kernels.cost_measure import undisturbed
+from edgeq.profiles.llm.model_memory import vocabulary_bytes
+from edgeq.profiles.llm.sample_model import SampleModel, sample_types, write_sample_model
 from edgeq.runtime.bench_process import WorkerProcess
 from edgeq.runtime.bench_worker import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.types import Artifact, Budget, Manifest, ModelSource, Plan, Prediction

@@ -15,15 +15,15 @@ from edgeq.llama_context import KV_TYPES
 from edgeq.probe.reference import Reading, SpeedReference, spread_of
 from edgeq.probe.session_costs import DEEP, SHALLOW, WIDE, SessionTimes, measure_session
 from edgeq.probe_points import AttentionPoint, BandwidthPoint
-from edgeq.profiles.cost_measure import legal_matrices, measure_matrices
+from edgeq.profiles.facts.system_facts import read_facts
+from edgeq.profiles.kernels.cost_measure import legal_matrices, measure_matrices
+from edgeq.profiles.kernels.probe_attention import SHAPES, measure_attention
+from edgeq.profiles.kernels.probe_bandwidth import default_buffer_bytes, measure_bandwidth
+from edgeq.profiles.kernels.probe_matmul import measure_matmul
+from edgeq.profiles.llm.model_latency import decode_ms, measured_speeds, ttft_ms
+from edgeq.profiles.llm.sample_model import sample_types
 from edgeq.profiles.measured import LanguageCosts, Measured
-from edgeq.profiles.model_latency import decode_ms, measured_speeds, ttft_ms
-from edgeq.profiles.onnx_measure import measure_onnx
-from edgeq.profiles.probe_attention import SHAPES, measure_attention
-from edgeq.profiles.probe_bandwidth import default_buffer_bytes, measure_bandwidth
-from edgeq.profiles.probe_matmul import measure_matmul
-from edgeq.profiles.sample_model import sample_types
-from edgeq.profiles.system_facts import read_facts
+from edgeq.profiles.onnx.measure import measure_onnx
 from edgeq.runtime import measure
 from edgeq.units import format_bytes
 
@@ -32,7 +32,7 @@ __all__ = ["DECODE_SHAPES", "DEFAULT_SECONDS", "MATMUL_SHAPES", "PROBED_TYPES", 
 Progress = Callable[[str, int, int, str], None]
 
 # Row lengths of powers of two, which every type can have, and rows from a key matrix to a vocabulary; what lies between
-# is interpolated (`edgeq.profiles.cost_table`).
+# is interpolated (`edgeq.profiles.kernels.cost_table`).
 DECODE_SHAPES = tuple((columns, rows) for columns in (512, 2048) for rows in (256, 1024, 4096, 32768))
 MATMUL_SHAPES = ((512, 256), (512, 2048), (2048, 512), (2048, 4096))
 # One bit a weight is left out: no plan chooses it.

@@ -20,7 +20,7 @@ from edgeq.converters.gguf.presets import PRESETS
 from edgeq.converters.gguf.quantize import preview
 from edgeq.converters.gguf.shape import model_shape
 from edgeq.errors import SourceError, UnsupportedModelError
-from edgeq.profiles.model_shape import ModelShape
+from edgeq.profiles.llm.model_shape import ModelShape
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -179,7 +179,7 @@ def test_where_nothing_is_lost_without_there_is_no_search(tiny_hf: Callable[...,
     assert _wants(path, when="always")
     for goal in (Goal(max_file_bytes=10**9), Goal(max_kld=1.0), Goal(min_top1=0.5), Goal(minimize="ns")):
         assert _wants(path, goal=goal)
-    runtime_bytes = load_profile("laptop-cpu").backend.runtime_bytes
+    runtime_bytes = load_profile("laptop-cpu").backend.runtime_bytes or 0
     assert _wants(path, budget=Budget(peak_memory_bytes=runtime_bytes + 200_000))
     assert not _wants(path, budget=Budget(peak_memory_bytes=2**30))
 

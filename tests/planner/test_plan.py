@@ -11,9 +11,9 @@ from edgeq.converters.gguf.recipe import parse_override
 from edgeq.errors import BudgetError, UsageError
 from edgeq.planner.candidates import effective_budget, misses
 from edgeq.planner.plan import Request, make_plan, profile_notes
+from edgeq.profiles.facts.system_facts import read_facts
 from edgeq.profiles.loader import load_profile
 from edgeq.profiles.measured import Measured
-from edgeq.profiles.system_facts import read_facts
 from edgeq.types import Budget
 
 _LAPTOP = load_profile("laptop-cpu")

@@ -23,8 +23,8 @@ from edgeq.planner.candidates import Settings
 from edgeq.planner.knapsack import Limits
 from edgeq.planner.problem import Problem, SearchOptions, pose
 from edgeq.planner.solver import solve
-from edgeq.profiles.cost import predict
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts
+from edgeq.profiles.kernels.cost_table import CostEntry, DecodeCosts
+from edgeq.profiles.llm.cost import predict
 from edgeq.profiles.loader import load_profile
 
 LAPTOP = load_profile("laptop-cpu")

@@ -19,7 +19,7 @@ from edgeq.planner.knapsack import Limits, Objective
 from edgeq.planner.problem import Problem
 from edgeq.planner.search import Demand, Goal, front_of, held_out_text, search, selection_text, solve_for
 from edgeq.planner.solver import solve
-from edgeq.profiles.model_memory import file_bytes
+from edgeq.profiles.llm.model_memory import file_bytes
 from edgeq.types import Budget
 
 MakeDemand = Callable[..., Demand]

@@ -24,13 +24,13 @@ from edgeq.planner.candidates import misses
 from edgeq.planner.knapsack import Item, Limits
 from edgeq.planner.search_items import Pricing, items_of, legal_types, limits_of, token_limits_ms, with_prompt
 from edgeq.planner.solver import Infeasible, solve
-from edgeq.profiles.cost import predict
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts
 from edgeq.profiles.device import DeviceProfile
+from edgeq.profiles.kernels.cost_table import CostEntry, DecodeCosts
+from edgeq.profiles.llm.cost import predict
+from edgeq.profiles.llm.model_latency import prompt_chunks, speeds_of
+from edgeq.profiles.llm.model_memory import file_bytes
+from edgeq.profiles.llm.model_shape import EMBEDDING
 from edgeq.profiles.loader import load_profile
-from edgeq.profiles.model_latency import prompt_chunks, speeds_of
-from edgeq.profiles.model_memory import file_bytes
-from edgeq.profiles.model_shape import EMBEDDING
 from edgeq.types import Budget, Prediction
 
 LAPTOP, JETSON = load_profile("laptop-cpu"), load_profile("jetson-orin")

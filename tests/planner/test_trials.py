@@ -22,7 +22,7 @@ from edgeq.planner.knapsack import Limits, Objective, Solution
 from edgeq.planner.problem import Problem
 from edgeq.planner.solver import solve
 from edgeq.planner.trials import Judged, run_trials, within
-from edgeq.profiles.model_memory import file_bytes
+from edgeq.profiles.llm.model_memory import file_bytes
 
 
 def _text(seed: int = 1, n_chunks: int = 4, length: int = 48) -> TokenText:

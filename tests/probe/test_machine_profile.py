@@ -6,12 +6,12 @@ import pytest
 from edgeq.errors import ProfileError
 from edgeq.probe.machine_profile import machine_profile, profile_name, shipped_like
 from edgeq.probe_points import BandwidthPoint, MatmulPoint
-from edgeq.profiles.cost_table import CostEntry, DecodeCosts
 from edgeq.profiles.dump import profile_yaml
+from edgeq.profiles.facts.system_facts import SystemFacts, read_facts
+from edgeq.profiles.kernels.cost_table import CostEntry, DecodeCosts
+from edgeq.profiles.llm.model_latency import Kernels, speeds_of
 from edgeq.profiles.loader import load_profile, parse_profile
 from edgeq.profiles.measured import LanguageCosts, Measured
-from edgeq.profiles.model_latency import Kernels, speeds_of
-from edgeq.profiles.system_facts import SystemFacts, read_facts
 
 LANGUAGE = LanguageCosts(
     decode=DecodeCosts(

@@ -11,10 +11,10 @@ from edgeq.cli import main
 from edgeq.probe import steps
 from edgeq.probe.reference import Reading, SpeedReference, spread_of
 from edgeq.probe.session_costs import DEEP, SHALLOW, measure_session
+from edgeq.profiles.kernels.probe_attention import SHAPES
+from edgeq.profiles.llm.model_latency import Kernels, decode_ms, speeds_of, ttft_ms
+from edgeq.profiles.llm.sample_model import SampleModel, sample_types
 from edgeq.profiles.loader import load_profile
-from edgeq.profiles.model_latency import Kernels, decode_ms, speeds_of, ttft_ms
-from edgeq.profiles.probe_attention import SHAPES
-from edgeq.profiles.sample_model import SampleModel, sample_types
 
 TYPES = ("f16", "q8_0", "q4_0")
 

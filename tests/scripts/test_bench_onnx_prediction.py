@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from edgeq.converters.onnx.graph import dynamic_axes
-from edgeq.profiles.onnx_measure import measure_onnx
+from edgeq.profiles.onnx.measure import measure_onnx
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from edgeq.converters.config_shape import shape_of_config
 from edgeq.converters.gguf.presets import PRESETS
-from edgeq.profiles.weight_schemes import SCHEMES
+from edgeq.profiles.llm.weight_schemes import SCHEMES
 from edgeq.strict_yaml import load_yaml
 
 BOARD = """

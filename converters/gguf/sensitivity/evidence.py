@@ -29,7 +29,7 @@ from edgeq.converters.gguf.sensitivity.table import weight_errors
 from edgeq.disk_cache import DiskCache, cache_root, fingerprint
 from edgeq.errors import EdgeqError, MissingPackageError, UnsupportedModelError, UsageError
 from edgeq.llama_library import versions
-from edgeq.profiles.model_shape import EMBEDDING
+from edgeq.profiles.llm.model_shape import EMBEDDING
 
 __all__ = ["Evidence", "EvidenceRequest", "Workshop", "gather"]
 

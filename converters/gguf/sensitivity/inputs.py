@@ -18,7 +18,7 @@ from edgeq.converters.gguf.sensitivity.curvature import Curvature
 from edgeq.converters.gguf.sensitivity.curvature_cache import keep_curvatures, load_curvatures
 from edgeq.converters.gguf.sensitivity.workers import one_blas_thread
 from edgeq.disk_cache import DiskCache, fingerprint
-from edgeq.profiles.model_shape import EMBEDDING
+from edgeq.profiles.llm.model_shape import EMBEDDING
 
 __all__ = ["measured_inputs", "weighted_by"]
 

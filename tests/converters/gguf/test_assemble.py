@@ -20,7 +20,7 @@ from edgeq.converters.gguf.shape import model_shape
 from edgeq.errors import ConversionError, DiskFullError, SourceError
 from edgeq.ggml_blocks import dequantize, quantize_rows
 from edgeq.llama import Context, Model
-from edgeq.profiles.model_memory import file_bytes
+from edgeq.profiles.llm.model_memory import file_bytes
 
 KINDS = ["q4_0", "q8_0", "iq4_nl", "q5_1", "q4_k", "q6_k", "iq3_s", "iq3_xxs", "bf16"]
 Bytes = npt.NDArray[np.uint8]

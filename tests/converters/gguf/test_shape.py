@@ -13,8 +13,8 @@ from edgeq.converters.gguf.header import read_header
 from edgeq.converters.gguf.quantize import quantize
 from edgeq.converters.gguf.shape import describe_artifact, model_shape
 from edgeq.errors import SourceError
-from edgeq.profiles.model_memory import file_bytes
-from edgeq.profiles.model_shape import ModelShape
+from edgeq.profiles.llm.model_memory import file_bytes
+from edgeq.profiles.llm.model_shape import ModelShape
 
 _KEYS: dict[str, Any] = {
     "block_count": 2,

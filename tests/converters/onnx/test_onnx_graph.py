@@ -20,9 +20,9 @@ import torch
 from edgeq.converters.onnx.graph import dynamic_axes, read_onnx
 from edgeq.converters.onnx.skeleton import read_skeleton
 from edgeq.errors import SourceError, UnsupportedModelError, UsageError
-from edgeq.profiles.onnx_cost import OnnxShape
-from edgeq.profiles.onnx_memory import played_arena_bytes
-from edgeq.profiles.onnx_models import OnnxNode, ValueInfo, encode_model
+from edgeq.profiles.onnx.cost import OnnxShape
+from edgeq.profiles.onnx.memory import played_arena_bytes
+from edgeq.profiles.onnx.models import OnnxNode, ValueInfo, encode_model
 
 WIDTH, HEADS = 64, 4
 Export = Callable[..., Path]
@@ -32,7 +32,7 @@ CHILD = """
 import json, sys
 import numpy as np
 import onnxruntime as ort
-from edgeq.profiles.onnx_session import PROVIDERS, onnx_session_options
+from edgeq.profiles.onnx.session import PROVIDERS, onnx_session_options
 
 path, sizes, fixed, optimized = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "1", sys.argv[4]
 ort.set_default_logger_severity(1)

@@ -1,0 +1,1 @@
+"""The cost model of ONNX models: what a session of ONNX Runtime takes."""
