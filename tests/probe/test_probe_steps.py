@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edgeq.cli import main
-from edgeq.probe import steps
+from edgeq.probe import language, steps
 from edgeq.probe.reference import Reading, SpeedReference, spread_of
 from edgeq.probe.session_costs import DEEP, SHALLOW, measure_session
+from edgeq.probe_points import MatmulPoint
+from edgeq.profiles.kernels.cost_table import CostEntry
 from edgeq.profiles.kernels.probe_attention import SHAPES
 from edgeq.profiles.llm.model_latency import Kernels, decode_ms, speeds_of, ttft_ms
 from edgeq.profiles.llm.sample_model import SampleModel, sample_types
@@ -21,12 +24,12 @@ TYPES = ("f16", "q8_0", "q4_0")
 
 @pytest.fixture
 def few_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "PROBED_TYPES", TYPES)
-    monkeypatch.setattr(steps, "DECODE_SHAPES", ((512, 256), (512, 4096)))
-    monkeypatch.setattr(steps, "MATMUL_SHAPES", ((512, 512),))
-    monkeypatch.setattr(steps, "KV_TYPES", ("f16", "q8_0"))
-    monkeypatch.setattr(steps, "_USUAL_KV", ("f16",))
-    monkeypatch.setattr(steps, "SHAPES", SHAPES[:1])
+    monkeypatch.setattr(language, "PROBED_TYPES", TYPES)
+    monkeypatch.setattr(language, "DECODE_SHAPES", ((512, 256), (512, 4096)))
+    monkeypatch.setattr(language, "MATMUL_SHAPES", ((512, 512),))
+    monkeypatch.setattr(language, "KV_TYPES", ("f16", "q8_0"))
+    monkeypatch.setattr(language, "_USUAL_KV", ("f16",))
+    monkeypatch.setattr(language, "SHAPES", SHAPES[:1])
 
 
 def test_a_probed_machine_has_a_profile_that_predicts(
@@ -102,3 +105,15 @@ def test_a_doubt_names_what_changed() -> None:
     assert doubt.startswith("the speed of memory changed by 30%")
     assert steps._unsteady((steady, steady)) == ()
     assert steps._unsteady(()) == ()
+
+
+def test_parts_count_with_the_mean_of_their_turns() -> None:
+    entry = CostEntry(type="q8_0", columns=512, rows=256, ns=100.0, spread=0.1, n=5, buffer="CPU")
+    mean = language._mean_entry([entry, msgspec.structs.replace(entry, ns=300.0, spread=0.3, n=7)])
+    assert (mean.ns, mean.spread, mean.n) == (200.0, pytest.approx(0.2), 12)
+    point = MatmulPoint(
+        type="q8_0", columns=512, rows=256, batch=16, threads=1, flops_per_s=1e9, spread=0.0, n=3, buffer="CPU"
+    )
+    faster = msgspec.structs.replace(point, flops_per_s=4e9)
+    # Times are what is added up, so it is their mean that counts, not that of speeds.
+    assert language._mean_matmul([point, faster]).ns == pytest.approx((point.ns + faster.ns) / 2)
