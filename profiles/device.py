@@ -313,12 +313,19 @@ class DeviceProfile(Record, frozen=True, kw_only=True):
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        """Peak in the power mode: of the bus, or of what the GPU's SMs draw at their clock if that is less."""
+        """Peak in the power mode: of the bus, or of what the GPU's SMs draw at their clock if that is less.
+
+        Where the latter was measured in that mode, that figure stands for it.
+        """
         peak, gpu = self.peak_bandwidth_bytes_per_s, self.gpu
         if gpu is None or gpu.sm_bytes_per_clock is None or not self._preferred.on_gpu:
             return peak
         sms, clock_hz = self._sms_and_clock(gpu)
-        return peak if clock_hz is None else min(peak, sms * clock_hz * gpu.sm_bytes_per_clock)
+        if clock_hz is None or sms * clock_hz * gpu.sm_bytes_per_clock >= peak:
+            return peak
+        mode = self.mode
+        seen = None if mode is None else mode.measured_bandwidth_bytes_per_s
+        return sms * clock_hz * gpu.sm_bytes_per_clock if seen is None else seen
 
     @property
     def int8_ops_per_s(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,35 +45,59 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.probe.machine_profile import machine_profile, profile_name
     from edgeq.probe.steps import DEFAULT_SECONDS, probe_machine
     from edgeq.profiles.dump import profile_yaml
-    from edgeq.profiles.loader import parse_profile
     from edgeq.types import to_json
 
     if args.output is not None:
         check_output(args.output, force=args.force)
+    threads = args.threads or default_threads()
+    _refuse_more_threads(threads)
     name = profile_name(args.name or (args.output.stem if args.output is not None else "this-machine"))
     with Progress(sys.stderr) as progress:
         measured = probe_machine(
-            threads=args.threads or default_threads(),
+            threads=threads,
             seconds=args.seconds or DEFAULT_SECONDS,
             progress=lambda stage, done, total, detail: progress(done, total, stage),
         )
     profile = machine_profile(name, measured)
     text = profile_yaml(profile, comment=_comment(measured))
-    parse_profile(text, str(args.output or name))  # what is written can be read
     for doubt in measured.doubts:
         note(f"warning: do not trust these figures: {doubt}. Probe again when nothing else runs")
-    for missing in measured.facts.missing:
+    for missing in (profile.measured or measured).facts.missing:
         note(f"not read: {missing.fact} from {missing.path}: {missing.why}. {missing.remedy}")
     if args.output is not None:
         write_output(args.output, text.encode(), force=args.force)
+    _check_readable(text, args.output, name)
     if args.json:
         show(to_json(profile).decode())
     elif args.output is None:
         show(text)
     else:
-        wrote = [f"wrote {args.output}", f"next: edgeq plan MODEL --profile {args.output}"]
+        wrote = [f"wrote {args.output}", f"next: edgeq plan MODEL --profile {shlex.quote(str(args.output))}"]
         show_lines([*_lines(profile, measured), *wrote])
     return 0
+
+
+def _refuse_more_threads(threads: int) -> None:
+    """Refuse, before two minutes of work, what no profile of this machine may say."""
+    from edgeq.errors import UsageError
+    from edgeq.profiles.facts.system_facts import read_facts
+
+    cpu = read_facts().cpu
+    cores = cpu.usable_cpus or cpu.logical_cpus or threads
+    if threads > cores:
+        raise UsageError(f"{threads} threads are more than the {cores} CPUs here", f"Choose at most {cores}")
+
+
+def _check_readable(text: str, output: Path | None, name: str) -> None:
+    """What was written can be read; if not, what was measured stays for correction by hand."""
+    from edgeq.errors import ProfileError
+    from edgeq.profiles.loader import parse_profile
+
+    try:
+        parse_profile(text, str(output or name))
+    except ProfileError as error:
+        kept = "" if output is None else f"; {output} has what was measured"
+        raise ProfileError(f"The probed profile contradicts itself: {error.cause}{kept}", error.remedy) from error
 
 
 def _comment(measured: Measured) -> str:

@@ -9,7 +9,7 @@ import msgspec
 from edgeq.errors import ProfileError
 from edgeq.ggml_types import ggml_type
 from edgeq.profiles.device import Backend, Cpu, DeviceProfile, Memory
-from edgeq.profiles.facts.system_facts import SystemFacts
+from edgeq.profiles.facts.system_facts import MissingFact, SystemFacts
 from edgeq.profiles.loader import known_profiles
 from edgeq.profiles.measured import LanguageCosts, Measured
 from edgeq.types import Budget
@@ -21,21 +21,24 @@ _DECODE_TYPE = "q8_0"  # the type that a plain bandwidth and throughput are told
 _SOURCE = "edgeq devices probe"
 _FREE_SHARE = 0.1  # of what is available now stays free for what the others will need later
 _PRECISIONS = {"avx512_bf16": "bf16", "bf16": "bf16", "amx_bf16": "bf16"}
+_LONGEST_NAME = 64
 
 
 def profile_name(text: str) -> str:
     """A text, such as a file's name, as the name of a profile."""
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
-    return name or "this-machine"
+    return name[:_LONGEST_NAME].rstrip("-._") or "this-machine"
 
 
 def shipped_like(facts: SystemFacts) -> DeviceProfile | None:
     """The shipped profile of the board that this machine is, if there is one.
 
-    A board's own words for itself hold those of its profile's name; of profiles that differ in their memory alone, the
-    one with the nearest is it.
+    A board's own words for itself hold those of its profile's name, apart from its revision and, since JetPack 5 leaves
+    it out, "Jetson"; of profiles that differ in their memory alone, the one with the nearest is it.
     """
-    words, visible = _words(facts.model or ""), facts.memory.total_bytes or 0
+    model = re.sub(r"\brev\b.*", "", facts.model or "", flags=re.IGNORECASE)
+    words, visible = _words(model), facts.memory.total_bytes or 0
+    words |= {"jetson"} if facts.kind == "jetson" else set()
     ranked = []
     for known in known_profiles():
         profile = known.profile
@@ -85,7 +88,10 @@ def machine_profile(name: str, measured: Measured) -> DeviceProfile:
 
 
 def _over(base: DeviceProfile, own: DeviceProfile, source: str) -> DeviceProfile:
-    """A board's profile with what was measured on it."""
+    """A board's profile with what was measured on it.
+
+    Cores that the active power mode has switched off are the board's all the same: its other modes name them.
+    """
     measured = {backend.name: backend for backend in own.backends}
     backends = tuple(measured.pop(b.name, b) for b in base.backends) + tuple(measured.values())
     kept = {path: text for path, text in base.sources.items() if path.split(".")[0] not in ("cpu", "memory", "threads")}
@@ -97,6 +103,8 @@ def _over(base: DeviceProfile, own: DeviceProfile, source: str) -> DeviceProfile
     usable = own.memory.usable_bytes
     return msgspec.structs.replace(
         own,
+        cpu=msgspec.structs.replace(base.cpu, cores=max(base.cpu.cores, own.cpu.cores), features=own.cpu.features),
+        measured=_with_unknown_mode(own, base),
         gpu=base.gpu,
         dla=base.dla,
         power_modes=base.power_modes,
@@ -116,11 +124,30 @@ def _within(budget: Budget, usable_bytes: int) -> Budget:
     return budget if limit is None else msgspec.structs.replace(budget, peak_memory_bytes=min(limit, usable_bytes))
 
 
+def _active_mode(own: DeviceProfile) -> str | None:
+    jetson = None if own.measured is None else own.measured.facts.jetson
+    return None if jetson is None or jetson.power_mode is None else jetson.power_mode.name
+
+
 def _power_mode(own: DeviceProfile, base: DeviceProfile) -> str | None:
     """The mode that the board is in, if its profile knows it."""
-    jetson = None if own.measured is None else own.measured.facts.jetson
-    active = None if jetson is None or jetson.power_mode is None else jetson.power_mode.name
+    active = _active_mode(own)
     return active if active in {mode.name for mode in base.power_modes} else base.power_mode
+
+
+def _with_unknown_mode(own: DeviceProfile, base: DeviceProfile) -> Measured | None:
+    """With the statement that the GPU's figures are for another mode than the board is in, if they are."""
+    active, measured = _active_mode(own), own.measured
+    if measured is None or active is None or not base.power_modes or _power_mode(own, base) == active:
+        return measured
+    said = MissingFact(
+        fact="figures of the power mode",
+        path=active,
+        why=f"{base.name} knows {', '.join(mode.name for mode in base.power_modes)}; those of {base.power_mode} stand",
+        remedy=f"Add {active} under power_modes, or switch the board with nvpmodel and probe again",
+    )
+    facts = msgspec.structs.replace(measured.facts, missing=(*measured.facts.missing, said))
+    return msgspec.structs.replace(measured, facts=facts)
 
 
 def _summary(facts: SystemFacts, measured: Measured) -> str:
@@ -180,7 +207,7 @@ def _cpu_backends(measured: Measured, memory: Memory) -> tuple[Backend, ...]:
 
 
 def _llama_backend(language: LanguageCosts, memory: Memory, facts: SystemFacts) -> Backend:
-    precisions = ["fp32", "fp16", *{_PRECISIONS[f] for f in facts.cpu.features if f in _PRECISIONS}, "int8"]
+    precisions = ["fp32", "fp16", *{_PRECISIONS[f] for f in facts.cpu.features if f in _PRECISIONS}, "int8", "int4"]
     return Backend(
         name="llama.cpp-cpu",
         precisions=tuple(precisions),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -7,7 +10,8 @@ from edgeq.errors import ProfileError
 from edgeq.probe.machine_profile import machine_profile, profile_name, shipped_like
 from edgeq.probe_points import BandwidthPoint, MatmulPoint
 from edgeq.profiles.dump import profile_yaml
-from edgeq.profiles.facts.system_facts import SystemFacts, read_facts
+from edgeq.profiles.facts.system_facts import MachineKind, SystemFacts, read_facts
+from edgeq.profiles.facts.tegra import JetsonFacts, PowerMode
 from edgeq.profiles.kernels.cost_table import CostEntry, DecodeCosts
 from edgeq.profiles.llm.model_latency import Kernels, speeds_of
 from edgeq.profiles.loader import load_profile, parse_profile
@@ -80,7 +84,10 @@ def _board(model: str, here: SystemFacts) -> SystemFacts:
     memory = msgspec.structs.replace(here.memory, total_bytes=7_990_000_000, available_bytes=6_500_000_000)
     container = msgspec.structs.replace(here.container, memory_limit_bytes=None, memory_used_bytes=None)
     cpu = msgspec.structs.replace(here.cpu, usable_cpus=6, features=("asimd", "asimddp"))
-    return msgspec.structs.replace(here, arch="aarch64", model=model, memory=memory, container=container, cpu=cpu)
+    kind: MachineKind = "jetson" if "NVIDIA" in model else "board"
+    return msgspec.structs.replace(
+        here, kind=kind, arch="aarch64", model=model, memory=memory, container=container, cpu=cpu
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,9 @@ def _board(model: str, here: SystemFacts) -> SystemFacts:
         ("NVIDIA Jetson AGX Thor Developer Kit", "jetson-thor"),
         ("NVIDIA Jetson Xavier NX Developer Kit", "jetson-xavier-nx"),
         ("Raspberry Pi 5 Model B Rev 1.0", "raspberry-pi-5"),
+        ("NVIDIA Orin NX Developer Kit", "jetson-orin-nx-8gb"),  # JetPack 5
         ("Raspberry Pi 4 Model B Rev 1.4", None),
+        ("Raspberry Pi 4 Model B Rev 1.5", None),
         ("ThinkPad X1", None),
     ],
 )
@@ -117,7 +126,13 @@ def test_a_boards_accelerator_stays_as_its_profile_has_it(here: SystemFacts) -> 
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("My Robot!", "my-robot"), ("arm_3.v2", "arm_3.v2"), ("../..", "this-machine"), ("Ü", "this-machine")],
+    [
+        ("a" * 70, "a" * 64),
+        ("My Robot!", "my-robot"),
+        ("arm_3.v2", "arm_3.v2"),
+        ("../..", "this-machine"),
+        ("Ü", "this-machine"),
+    ],
 )
 def test_any_text_becomes_a_name(text: str, name: str) -> None:
     assert profile_name(text) == name
@@ -127,3 +142,35 @@ def test_a_machine_that_tells_nothing(here: SystemFacts) -> None:
     memory = msgspec.structs.replace(here.memory, total_bytes=None)
     with pytest.raises(ProfileError, match="does not tell this machine's memory"):
         machine_profile("x", _measured(msgspec.structs.replace(here, memory=memory)))
+
+
+SAMPLES = Path(__file__).parents[1] / "profiles" / "samples"
+
+
+@pytest.mark.parametrize("sample", sorted(path.stem for path in SAMPLES.glob("*.txt")))
+@pytest.mark.parametrize("cpus_off", [0, 2])
+def test_every_recorded_board_gets_a_profile_that_can_be_read(
+    sample: str, cpus_off: int, here: SystemFacts, tmp_path: Path
+) -> None:
+    """Power modes switch cores off: the profile of the board names them all the same."""
+    parts = re.split(r"^== (/.*)\n", (SAMPLES / f"{sample}.txt").read_text(), flags=re.MULTILINE)
+    for path, text in zip(parts[1::2], parts[2::2], strict=True):
+        place = tmp_path / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text.replace("\\0", "\0"))
+    facts = read_facts(tmp_path)
+    cpu = msgspec.structs.replace(facts.cpu, usable_cpus=max(2, (facts.cpu.usable_cpus or 4) - cpus_off))
+    memory = here.memory if facts.memory.total_bytes is None else facts.memory
+    profile = machine_profile("board", _measured(msgspec.structs.replace(facts, cpu=cpu, memory=memory)))
+    assert parse_profile(profile_yaml(profile), "board.yaml") == profile
+
+
+def test_a_mode_that_the_boards_profile_does_not_know_is_said(here: SystemFacts) -> None:
+    facts = _board("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", here)
+    jetson = JetsonFacts(power_mode=PowerMode(id=0, name="MAXN"))
+    profile = machine_profile("nx", _measured(msgspec.structs.replace(facts, jetson=jetson)))
+    assert profile.power_mode == load_profile("jetson-orin-nx-8gb").power_mode
+    assert profile.measured is not None
+    (said,) = [fact for fact in profile.measured.facts.missing if fact.path == "MAXN"]
+    assert profile.power_mode is not None
+    assert profile.power_mode in said.why
