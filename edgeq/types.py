@@ -31,6 +31,7 @@ __all__ = [
     "Rejection",
     "SearchRecord",
     "SmokeCheck",
+    "Target",
     "Trial",
     "from_json",
     "merge_budgets",
@@ -276,6 +277,18 @@ class Artifact(Record, frozen=True, kw_only=True):
     has_chat_template: bool
 
 
+class Target(Record, frozen=True, kw_only=True):
+    """What a device must be for a bundle's measurements to count, as its profile says.
+
+    Attributes:
+        arch: ``"x86_64"``, ``"aarch64"`` or ``"any"``.
+        accelerator: ``"cpu"``, or ``"cuda:sm_87"`` and its like.
+    """
+
+    arch: Literal["x86_64", "aarch64", "any"]
+    accelerator: str
+
+
 class Manifest(Record, frozen=True, kw_only=True):
     """``edgeq.json``, the contract between converters and runtime.
 
@@ -291,6 +304,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         quality: artifact against reference on held-out text; None if it was not measured.
         budget: the limits that the plan was made for.
         built_for: name of the profile.
+        target: what it says the device is; None in bundles of edgeq before 0.2.
         tools: name to version of what made it.
         created_utc: ISO 8601.
     """
@@ -306,6 +320,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     quality: Quality | None = None
     budget: Budget
     built_for: str
+    target: Target | None = None
     tools: dict[str, str]
     created_utc: str
 

@@ -24,7 +24,7 @@ from edgeq.report import (
 from edgeq.runtime import measure
 from edgeq.runtime.bench_run import Conditions, Progress, Run, measure_bundle
 from edgeq.runtime.bench_worker import Sample
-from edgeq.types import Budget, Plan, merge_budgets
+from edgeq.types import Budget, Manifest, Plan, Target, merge_budgets
 
 __all__ = ["DEFAULT_MAX_HOST_LOAD", "run_bench"]
 
@@ -73,7 +73,7 @@ def run_bench(
         )
     device = measure.describe_device()
     run = measure_bundle(opened.path, Conditions(workload, limits, confidence, max_host_load), tell)
-    unlike, notes = _compare_with_profile(opened.manifest.built_for, device.machine)
+    unlike, notes = _compare_with_target(opened.manifest, device.machine)
     metrics, unmeasured = _metrics(run, confidence)
     invalid = list(measure.disturbances(run.before, run.after, run.load))
     if unlike is not None:
@@ -146,13 +146,16 @@ def _check(workload: Workload, confidence: float, max_host_load: float) -> None:
             raise UsageError(f"{seconds:g} seconds are no time to measure for", "Choose more than 0")
 
 
-def _compare_with_profile(name: str, machine: str) -> tuple[str | None, list[str]]:
+def _compare_with_target(manifest: Manifest, machine: str) -> tuple[str | None, list[str]]:
     """Why this machine is not what the bundle was built for, or None; and what to note."""
-    try:
-        profile = load_profile(name)
-    except ProfileError as error:
-        return None, [f"Whether this machine is a {name} was not checked: {error.cause}"]
-    return measure.unlike_profile(profile, machine), []
+    name, target = manifest.built_for, manifest.target
+    if target is None:  # an older bundle names its profile only
+        try:
+            profile = load_profile(name)
+        except ProfileError as error:
+            return None, [f"Whether this machine is a {name} was not checked: {error.cause}"]
+        target = Target(arch=profile.arch, accelerator=profile.accelerator)
+    return measure.unlike_target(name, target, machine), []
 
 
 def _answer_metrics(samples: Sequence[Sample], confidence: float) -> dict[str, Metric]:

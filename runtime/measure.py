@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgeq.profiles.device import DeviceProfile
 from edgeq.report import Device, HostLoad, Temperature
 from edgeq.system_files import SystemFiles, fields_of
+from edgeq.types import Target
 
 __all__ = [
     "CpuTimes",
@@ -30,7 +30,7 @@ __all__ = [
     "take_snapshot",
     "temperatures",
     "throttle_events",
-    "unlike_profile",
+    "unlike_target",
 ]
 
 ROOT = Path("/")
@@ -264,10 +264,10 @@ def describe_device(*, root: Path = ROOT) -> Device:
     )
 
 
-def unlike_profile(profile: DeviceProfile, machine: str, *, root: Path = ROOT) -> str | None:
-    """Why this machine is not the kind that a profile describes; None if nothing speaks against it."""
-    if profile.arch not in ("any", machine):
-        return f"{profile.name} is {profile.arch}, this machine is {machine}"
-    if profile.accelerator.startswith("cuda") and not any((root / node).exists() for node in _NVIDIA_NODES):
-        return f"{profile.name} has {profile.accelerator}, this machine has no NVIDIA device"
+def unlike_target(name: str, target: Target, machine: str, *, root: Path = ROOT) -> str | None:
+    """Why this machine is not the kind of device that is called so; None if nothing speaks against it."""
+    if target.arch not in ("any", machine):
+        return f"{name} is {target.arch}, this machine is {machine}"
+    if target.accelerator.startswith("cuda") and not any((root / node).exists() for node in _NVIDIA_NODES):
+        return f"{name} has {target.accelerator}, this machine has no NVIDIA device"
     return None

@@ -79,6 +79,7 @@ def model_shape(header: GgufHeader) -> ModelShape:
         tied_embedding="output.weight" not in header.tensors,
         header_bytes=-(-(header.end + _added_header_bytes(header)) // _ALIGNMENT) * _ALIGNMENT,
         alignment=_ALIGNMENT,
+        experts_used=header.integer("expert_used_count", 0) or None,
     )
 
 

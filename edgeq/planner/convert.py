@@ -56,7 +56,7 @@ from edgeq.planner.problem import Problem, pose
 from edgeq.planner.search import Demand
 from edgeq.profiles.device import DeviceProfile
 from edgeq.staging import publish, refuse_occupied, staging_folder
-from edgeq.types import Budget, Manifest, ModelSource, Plan, Quality, SmokeCheck, merge_budgets
+from edgeq.types import Budget, Manifest, ModelSource, Plan, Quality, SmokeCheck, Target, merge_budgets
 
 __all__ = ["Job", "convert", "plan_only"]
 
@@ -380,6 +380,7 @@ def _describe(decided: _Decided, smoke: SmokeCheck, folder: Path, name: str, pro
         quality=decided.quality,
         budget=decided.budget,
         built_for=decided.profile.name,
+        target=Target(arch=decided.profile.arch, accelerator=decided.profile.accelerator),
         tools={"edgeq": __version__, **versions(), "gguf": importlib.metadata.version("gguf")},
         created_utc=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
     )

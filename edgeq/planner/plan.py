@@ -123,12 +123,13 @@ def profile_notes(profile: DeviceProfile, threads: int | None) -> tuple[str, ...
 
     Args:
         profile: the device.
-        threads: that the user asked for.
+        threads: that the user asked for; None for the profile's.
     """
     measured = profile.measured
     if measured is None:
         return ()
     notes = [f"predicted from a probe that doubts itself: {doubt}" for doubt in measured.doubts]
+    threads = threads or profile.threads
     if threads is not None and threads != measured.threads:
         notes.append(f"times are predicted for {measured.threads} threads, as {profile.name} was probed, not {threads}")
     return tuple(notes)

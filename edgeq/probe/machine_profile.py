@@ -22,11 +22,12 @@ _SOURCE = "edgeq devices probe"
 _FREE_SHARE = 0.1  # of what is available now stays free for what the others will need later
 _PRECISIONS = {"avx512_bf16": "bf16", "bf16": "bf16", "amx_bf16": "bf16"}
 _LONGEST_NAME = 64
+_VISIBLE_SHARE = 0.75  # the least that firmware leaves of a board's memory
 
 
 def profile_name(text: str) -> str:
     """A text, such as a file's name, as the name of a profile."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
+    name = re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.ya?ml$", "", text.lower())).strip("-._")
     return name[:_LONGEST_NAME].rstrip("-._") or "this-machine"
 
 
@@ -168,10 +169,10 @@ def _memory(measured: Measured, base: DeviceProfile | None) -> tuple[Memory, dic
     best = max(max(p.triad_bytes_per_s, p.read_bytes_per_s) for p in measured.bandwidth)
     peak = best if base is None else max(best, base.memory.bandwidth_bytes_per_s)
     memory = Memory(
-        total_bytes=visible if base is None else max(visible, base.memory.total_bytes),
+        total_bytes=visible if base is None or not _same_size(visible, base) else max(visible, base.memory.total_bytes),
         visible_bytes=visible,
         reserved_bytes=min(reserved, visible - 1),
-        unified=base is not None and base.memory.unified,
+        unified=facts.kind == "jetson" or (base is not None and base.memory.unified),
         bandwidth_bytes_per_s=peak,
         measured_bandwidth_bytes_per_s=best,
     )
@@ -183,6 +184,11 @@ def _memory(measured: Measured, base: DeviceProfile | None) -> tuple[Memory, dic
         "memory.reserved_bytes": f"{source}, what was in use, and {_FREE_SHARE:.0%} of what was available",
         "memory.bandwidth_bytes_per_s": peak_source,
     }
+
+
+def _same_size(visible: int, base: DeviceProfile) -> bool:
+    """Whether a board has its profile's memory, some of it held back by firmware, and is no smaller one."""
+    return visible >= _VISIBLE_SHARE * base.memory.total_bytes
 
 
 def _cpu_backends(measured: Measured, memory: Memory) -> tuple[Backend, ...]:

@@ -15,7 +15,7 @@ from edgeq.ggml_backend import CpuBackend
 from edgeq.ggml_kernels import Matrices, MatrixSet
 from edgeq.ggml_types import ggml_type
 from edgeq.llama_handle import Handle
-from edgeq.profiles.kernels.cost_measure import default_working_set, undisturbed
+from edgeq.profiles.kernels.cost_measure import default_working_set, free_bytes, undisturbed
 from edgeq.profiles.kernels.sample_weights import sample_blocks
 
 __all__ = ["Reading", "SpeedReference", "spread_of"]
@@ -24,6 +24,7 @@ _TYPE = "q8_0"
 _DECODE_SHAPE, _PROMPT_SHAPE, _BATCH = (2048, 4096), (512, 2048), 128
 _PROMPT_COPIES = 8  # some ten milliseconds
 _ROUNDS = 7
+_MEMORY_SHARE = 4  # at most this fraction of what is free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SpeedReference(Handle):
         """
         kind = ggml_type(_TYPE)
         size = kind.row_bytes(_DECODE_SHAPE[0]) * _DECODE_SHAPE[1]
-        self._copies = -(-default_working_set() // size)
+        self._copies = max(1, -(-min(default_working_set(), free_bytes() // _MEMORY_SHARE) // size))
         kinds = [
             Matrices(_TYPE, _DECODE_SHAPE, sample_blocks(kind, _DECODE_SHAPE[0]), self._copies),
             Matrices(_TYPE, _PROMPT_SHAPE, sample_blocks(kind, _PROMPT_SHAPE[0]), _PROMPT_COPIES, _BATCH),

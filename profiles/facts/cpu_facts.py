@@ -151,7 +151,7 @@ def read_cpu(reader: FactReader, arch: str) -> CpuFacts:
         usable_cpus=len(cpu_list(files.fields("/proc/self/status").get("Cpus_allowed_list"))) or None,
         physical_cores=reader.attempt("physical cores", _CPUS, lambda: _cores(files, blocks, online), None),
         features=reader.attempt("CPU features", _CPUINFO, lambda: _features(blocks, arch), ()),
-        caches=reader.attempt("CPU caches", _CPUS, lambda: _caches(files, online), ()),
+        caches=reader.attempt("CPU caches", _CPUS, lambda: cpu_caches(files, online), ()),
         policies=reader.attempt("CPU frequencies", f"{_CPUS}/cpufreq", lambda: _policies(files), ()),
         virtual=is_virtual(files),
     )
@@ -203,7 +203,7 @@ def _features(blocks: list[dict[str, str]], arch: str) -> tuple[str, ...]:
     return tuple(name for name in known if name in common)
 
 
-def _caches(files: SystemFiles, online: tuple[int, ...]) -> tuple[CpuCache, ...]:
+def cpu_caches(files: SystemFiles, online: tuple[int, ...]) -> tuple[CpuCache, ...]:
     seen: dict[tuple[int, str, tuple[int, ...]], int] = {}
     for cpu in online:
         folder = f"{_CPUS}/cpu{cpu}/cache"

@@ -22,7 +22,7 @@ __all__ = ["AttentionShape", "Kernel", "attention_kernel", "attention_ns"]
 
 Kernel = Literal["token", "rows", "tiles"]
 
-_FLOATS = "f16"  # a cache of f32 is copied to f16 first
+_FLOATS = "f16"
 _TILE = 64  # GGML_FA_TILE_Q and GGML_FA_TILE_KV
 _SPLIT_CELLS = 512
 _CHUNKS_PER_THREAD = 4
@@ -52,10 +52,16 @@ def attention_kernel(kv_type: str, n_tokens: int) -> Kernel:
     Raises:
         UsageError: no such type.
     """
-    kind = ggml_type(kv_type)
+    kind = _computed_as(kv_type)
     if n_tokens == 1:
         return "token"
-    return "tiles" if kind.name == _FLOATS and n_tokens >= _TILE else "rows"
+    return "tiles" if kind == _FLOATS and n_tokens >= _TILE else "rows"
+
+
+def _computed_as(kv_type: str) -> str:
+    """The type whose kernel runs: a cache of f32 is copied to f16 first, which is little beside attention."""
+    name = ggml_type(kv_type).name
+    return _FLOATS if name == "f32" else name
 
 
 def attention_ns(
@@ -83,14 +89,14 @@ def attention_ns(
     Raises:
         UsageError: no such type, or nothing was measured that could say.
     """
-    name, kernel = ggml_type(kv_type).name, attention_kernel(kv_type, n_tokens)
+    name, kernel = _computed_as(kv_type), attention_kernel(kv_type, n_tokens)
     known = [
         p for p in points if p.kv_type == name and p.threads == threads and attention_kernel(name, p.n_tokens) == kernel
     ]
     if not known:
         raise UsageError(
             f"attention over a cache of {name} was not measured for {n_tokens} tokens on {threads} threads",
-            "Measure it with measure_attention of edgeq.profiles.kernels.probe_attention",
+            "Choose another --kv-type, or probe the device again",
         )
     nearest = min(
         {_shape(p) for p in known}, key=lambda other: (_distance(shape, other), other.head_dim, other.n_heads)

@@ -22,8 +22,12 @@ from edgeq.ggml_backend import CpuBackend
 from edgeq.ggml_kernels import Matrices, MatrixSet
 from edgeq.ggml_types import GgmlType, ggml_type
 from edgeq.llama import Context, versions
+from edgeq.profiles.facts.cpu_facts import CpuCache, cpu_caches
+from edgeq.profiles.facts.fact_reader import FactReader
+from edgeq.profiles.facts.memory_facts import read_container
 from edgeq.profiles.kernels.cost_table import CostEntry, DecodeCosts, Matrix
 from edgeq.profiles.kernels.sample_weights import sample_blocks, sample_vector
+from edgeq.system_files import SystemFiles
 
 __all__ = [
     "decode_times",
@@ -41,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 
 _SMALLEST_WORKING_SET = 64 << 20
 _ROUNDS = 15
-_FEWEST_ROUNDS = 5
+_FEWEST_ROUNDS = 3
 _MOST_COPIES = 1024
 _WHOLE_ROWS = 64  # of a matrix that is cut: a multiple of what every repacked layout interleaves
 _MEMORY_SHARE = 4  # the types that take turns hold at most this fraction of the free memory
@@ -49,12 +53,10 @@ _MEMORY_SHARE = 4  # the types that take turns hold at most this fraction of the
 
 def last_level_cache_bytes() -> int | None:
     """Size of the largest cache of the first CPU, None if the system does not say."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
-        sizes.append(int(text.rstrip("KMG")) * factor)
-    return max(sizes) or None
+    reader = FactReader(SystemFiles(Path("/")))
+    none: tuple[CpuCache, ...] = ()
+    caches = reader.attempt("CPU caches", "/sys/devices/system/cpu", lambda: cpu_caches(reader.files, (0,)), none)
+    return max((cache.size_bytes for cache in caches), default=None)
 
 
 def default_working_set() -> int:
@@ -100,7 +102,7 @@ def measure_matrices(
         working_set_bytes: of weights to cycle through, the model's size at best; None for `default_working_set`.
             All shapes of a type share it equally; of a matrix larger than its share as many rows as fit are timed.
         progress: told matrices done, matrices in all, and what is in work.
-        budget_s: about how long it may take; every matrix is timed at least five times whatever it takes.
+        budget_s: about how long it may take; every matrix is timed at least three times whatever it takes.
 
     Raises:
         UsageError: a type that there is not, or a number of threads that cannot be.
@@ -283,10 +285,13 @@ def other_busy_cpus(seconds: float) -> float:
 
 
 def free_bytes() -> int:
-    """Memory that programs can have without swapping."""
+    """Memory that this process can have without swapping: of the machine, or less if its container allows less."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    container = read_container(FactReader(SystemFiles(Path("/"))))
+    limit = container.memory_limit_bytes
+    return available if limit is None else max(0, min(available, limit - (container.memory_used_bytes or 0)))
 
 
 def decode_times(context: Context, tokens: int) -> list[float]:

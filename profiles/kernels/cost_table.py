@@ -123,7 +123,7 @@ class DecodeCosts(Record, frozen=True, kw_only=True):
                 return max(1e9 * rows * kind.row_bytes(columns) / self.bytes_per_s, computing)
             raise UsageError(
                 f"the cost of {kind.name} was not measured",
-                "Measure it with costs_for of edgeq.profiles.kernels.decode_costs",
+                "Choose another type, or probe the device again",
             )
         nearest = max(known, key=lambda e: (-abs(math.log(e.columns / columns)), e.columns)).columns
         return _ns_per_weight([e for e in known if e.columns == nearest], rows) * columns * rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -139,11 +139,17 @@ def _multiplied(shape: ModelShape, tensor: str) -> bool:
 
 
 def tensor_decode_ns(shape: ModelShape, tensor: str, type_name: str, speeds: Speeds) -> float:
-    """Time of one tensor in one decoded token; a stack of matrices counts as all of them."""
+    """Time of one tensor in one decoded token; of a stack of experts, those that the token goes through."""
     if not _multiplied(shape, tensor):
         return 0.0
     columns, rows, *stacked = shape.tensors[tensor]
-    return math.prod(stacked) * speeds.decode.ns(type_name, (columns, rows))
+    return _experts(shape, stacked)[0] * speeds.decode.ns(type_name, (columns, rows))
+
+
+def _experts(shape: ModelShape, stacked: Sequence[int]) -> tuple[int, int]:
+    """Matrices of a tensor that one token goes through, and those that there are."""
+    count = math.prod(stacked)
+    return min(count, shape.experts_used or count), count
 
 
 def tensor_prompt_ns(
@@ -164,11 +170,15 @@ def tensor_prompt_ns(
         return tensor_decode_ns(shape, tensor, type_name, speeds)
     columns, rows, *stacked = shape.tensors[tensor]
     once = speeds.decode.ns(type_name, (columns, rows))
+    used, there = _experts(shape, stacked)
     total = 0.0
     for tokens, count in chunks.items():
+        # Experts that no token chooses are not read; a router is taken to choose without preference.
+        touched = there * (1 - (1 - used / there) ** tokens)
+        share = max(1, round(tokens * used / touched))
         # Many tokens at once are never faster than one: the weights are read all the same.
-        total += count * max(once, _batch_matrix_ns(type_name, (columns, rows), speeds, tokens))
-    return math.prod(stacked) * total
+        total += count * touched * max(once, _batch_matrix_ns(type_name, (columns, rows), speeds, share))
+    return total
 
 
 def _batch_matrix_ns(type_name: str, shape: tuple[int, int], speeds: Speeds, tokens: int) -> float:

@@ -42,6 +42,7 @@ class ModelShape:
         feed_forward_width: of the widest block.
         n_vocab: rows of the output matrix.
         tied_embedding: the output matrix is the token embedding.
+        experts_used: of each stack of matrices, how many a token goes through; None if all.
         header_bytes: of the GGUF, up to the tensor data.
         alignment: tensor data is padded to it.
     """
@@ -56,6 +57,7 @@ class ModelShape:
     tied_embedding: bool
     header_bytes: int
     alignment: int = 32
+    experts_used: int | None = None
 
     def is_output(self, tensor: str) -> bool:
         """Whether that tensor turns the last hidden state into logits."""

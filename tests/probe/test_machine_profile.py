@@ -128,7 +128,7 @@ def test_a_boards_accelerator_stays_as_its_profile_has_it(here: SystemFacts) -> 
     ("text", "name"),
     [
         ("a" * 70, "a" * 64),
-        ("My Robot!", "my-robot"),
+        ("My Robot!.YAML", "my-robot"),
         ("arm_3.v2", "arm_3.v2"),
         ("../..", "this-machine"),
         ("Ü", "this-machine"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -160,7 +161,19 @@ def test_a_bundle_for_another_device_never_passes_here(smollm2_gguf: Path, make_
     report = run_bench(bundle, workload, budget=Budget(peak_memory_bytes=1 << 40), max_host_load=ANY_LOAD)
     assert report.simulated
     assert not report.valid
-    assert "jetson-orin-nano-8gb is aarch64" in report.invalid_reasons[0]
+    assert "jetson-orin is aarch64" in report.invalid_reasons[0]
+    assert report.result == "INSUFFICIENT"
+
+
+@pytest.mark.skipif(os.uname().machine == "aarch64", reason="the profile would describe this machine")
+def test_nor_does_one_for_a_device_of_the_users_own(smollm2_gguf: Path, make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(smollm2_gguf, built_for="my-robot")
+    manifest = json.loads((bundle / "edgeq.json").read_text())
+    manifest["target"] = {"arch": "aarch64", "accelerator": "cpu"}
+    (bundle / "edgeq.json").write_text(json.dumps(manifest))
+    workload = Workload(prompt_tokens=1, output_tokens=2, warmup=0, threads=1, repetitions=1)
+    report = run_bench(bundle, workload, budget=Budget(peak_memory_bytes=1 << 40), max_host_load=ANY_LOAD)
+    assert report.simulated
     assert report.result == "INSUFFICIENT"
 
 

@@ -13,10 +13,10 @@ import msgspec
 import psutil
 import pytest
 
-from edgeq.profiles.loader import load_profile
 from edgeq.report import HostLoad
 from edgeq.runtime import measure
 from edgeq.runtime.measure import CpuTimes, Snapshot
+from edgeq.types import Target
 
 QUIET = HostLoad(before=0.0, during=0.01, steal=0.0, own=0.9, allowed=0.1)
 CALM = Snapshot(
@@ -181,11 +181,11 @@ def test_fingerprint_of_this_machine_and_of_a_jetson(tmp_path: Path) -> None:
     assert (board.cpu, board.frequency_mhz) == (None, ())
 
 
-def test_profile_of_another_machine(tmp_path: Path) -> None:
-    jetson, laptop = load_profile("jetson-orin"), load_profile("laptop-cpu")
-    assert measure.unlike_profile(laptop, "x86_64") is None
-    assert measure.unlike_profile(msgspec.structs.replace(laptop, arch="any"), "aarch64") is None
-    assert "x86_64, this machine is aarch64" in str(measure.unlike_profile(laptop, "aarch64"))
-    assert "aarch64, this machine is x86_64" in str(measure.unlike_profile(jetson, "x86_64"))
-    assert "no NVIDIA device" in str(measure.unlike_profile(jetson, "aarch64", root=tmp_path))
-    assert measure.unlike_profile(jetson, "aarch64", root=lay_out(tmp_path, {"dev/nvgpu": ""})) is None
+def test_target_of_another_kind(tmp_path: Path) -> None:
+    laptop, jetson = Target(arch="x86_64", accelerator="cpu"), Target(arch="aarch64", accelerator="cuda:sm_87")
+    assert measure.unlike_target("l", laptop, "x86_64") is None
+    assert measure.unlike_target("l", msgspec.structs.replace(laptop, arch="any"), "aarch64") is None
+    assert "l is x86_64, this machine is aarch64" in str(measure.unlike_target("l", laptop, "aarch64"))
+    assert "aarch64, this machine is x86_64" in str(measure.unlike_target("j", jetson, "x86_64"))
+    assert "no NVIDIA device" in str(measure.unlike_target("j", jetson, "aarch64", root=tmp_path))
+    assert measure.unlike_target("j", jetson, "aarch64", root=lay_out(tmp_path, {"dev/nvgpu": ""})) is None

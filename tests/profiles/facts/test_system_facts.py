@@ -293,7 +293,7 @@ def test_a_bug_in_one_parser_loses_only_its_fact(tmp_path: Path, monkeypatch: py
         raise ZeroDivisionError("bug")
 
     monkeypatch.setattr(tegra, "parse_power_modes", broken)
-    monkeypatch.setattr(cpu_facts, "_caches", broken)
+    monkeypatch.setattr(cpu_facts, "cpu_caches", broken)
     facts = facts_of(tmp_path, "orin-nano-jetpack-6.2")
     lacks = missing(facts)
     assert lacks["power modes"] == ("/etc/nvpmodel.conf", "unknown format: ZeroDivisionError: bug")

@@ -16,6 +16,7 @@ from edgeq.profiles.llm.model_latency import (
     measured_speeds,
     prompt_chunks,
     speeds_of,
+    tensor_decode_ns,
     tensor_prompt_ns,
     ttft_ms,
 )
@@ -39,6 +40,19 @@ SHAPE = ModelShape(
 TYPES = {EMBEDDING: "q8_0", FFN: "q8_0", "norm": "f32"}
 LAPTOP = load_profile("laptop-cpu")
 PLAIN = speeds_of(LAPTOP)
+
+
+def test_a_token_goes_through_the_experts_that_are_used() -> None:
+    stack = "blk.0.ffn_down_exps.weight"
+    shape = dataclasses.replace(SHAPE, tensors={stack: (2048, 512, 16)}, experts_used=2)
+    one = tensor_decode_ns(SHAPE, FFN, "q8_0", PLAIN)
+    assert tensor_decode_ns(shape, stack, "q8_0", PLAIN) == pytest.approx(2 * one)
+    assert tensor_decode_ns(dataclasses.replace(shape, experts_used=None), stack, "q8_0", PLAIN) == 16 * one
+    # A long prompt reaches every expert, each with an eighth of the tokens.
+    eighth = tensor_prompt_ns(SHAPE, FFN, "q8_0", PLAIN, {64: 1})
+    assert tensor_prompt_ns(shape, stack, "q8_0", PLAIN, {512: 1}) == pytest.approx(16 * eighth)
+    # Two tokens reach less than four of them.
+    assert 3 * one < tensor_prompt_ns(shape, stack, "q8_0", PLAIN, {2: 1}) < 4 * one
 
 
 def _attention(n_tokens: int, n_cached: int, ns: float, kv_type: str = "f16") -> AttentionPoint:
