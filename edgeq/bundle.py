@@ -12,11 +12,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from edgeq.errors import BundleError, OutputExistsError
+from edgeq.tensor_types import TensorManifest
 from edgeq.types import BundleFile, Manifest, from_json, to_json
 
 __all__ = [
@@ -50,7 +51,32 @@ class Bundle:
     """
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest | TensorManifest
+
+    @property
+    def llm(self) -> Manifest:
+        """The manifest of a language model.
+
+        Raises:
+            BundleError: it is another kind of bundle.
+        """
+        if isinstance(self.manifest, Manifest):
+            return self.manifest
+        raise BundleError(
+            f"{self.path} holds no language model, but one that is called with arrays",
+            'Run it with edgeq.load(bundle).run({"input": array})',
+        )
+
+    @property
+    def tensor(self) -> TensorManifest:
+        """The manifest of a model that is called with arrays.
+
+        Raises:
+            BundleError: it is another kind of bundle.
+        """
+        if isinstance(self.manifest, TensorManifest):
+            return self.manifest
+        raise BundleError(f"{self.path} holds a language model", "Run it with: edgeq run BUNDLE")
 
     def file(self, role: str) -> Path:
         """The one file of that role.
@@ -114,7 +140,7 @@ def describe_file(folder: Path, relative: str, role: str) -> BundleFile:
     return BundleFile(path=relative, role=role, size_bytes=path.stat().st_size, sha256=hash_file(path))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest | TensorManifest) -> None:
     """Write ``edgeq.json``; the last step before publishing."""
     (folder / MANIFEST).write_bytes(to_json(manifest))
 
@@ -159,11 +185,12 @@ def refuse_strangers(folder: Path) -> None:
         raise OutputExistsError(f"{stranger} is no part of the bundle there, and --force would delete it", remedy)
 
 
-class _Version(msgspec.Struct):
+class _Head(msgspec.Struct):
     schema_version: Annotated[int, msgspec.Meta(ge=1)]
+    kind: Literal["llm", "tensor"] = "llm"
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> Manifest | TensorManifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder", "Give the folder that edgeq convert wrote")
@@ -173,13 +200,13 @@ def _read_manifest(folder: Path) -> Manifest:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than any manifest", "Convert the model again")
         data = path.read_bytes()
-        version = from_json(data, _Version).schema_version
-        if version > SCHEMA_VERSION:
+        head = from_json(data, _Head)
+        if head.schema_version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema version {version}; this edgeq reads up to {SCHEMA_VERSION}",
+                f"{path} has schema version {head.schema_version}; this edgeq reads up to {SCHEMA_VERSION}",
                 "Update it with: pip install --upgrade edgeq",
             )
-        return from_json(data, Manifest)
+        return from_json(data, Manifest) if head.kind == "llm" else from_json(data, TensorManifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is no valid manifest: {error}", "Convert the model again") from error
 
@@ -214,7 +241,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _check_hashes(folder: Path, manifest: Manifest, progress: Progress | None) -> None:
+def _check_hashes(folder: Path, manifest: Manifest | TensorManifest, progress: Progress | None) -> None:
     total, done = sum(entry.size_bytes for entry in manifest.files), 0
     for entry in manifest.files:
 
@@ -233,13 +260,13 @@ def _check_hashes(folder: Path, manifest: Manifest, progress: Progress | None) -
             )
 
 
-def _check_strangers(folder: Path, manifest: Manifest) -> None:
+def _check_strangers(folder: Path, manifest: Manifest | TensorManifest) -> None:
     with _readable(folder):
         for path in _strangers(folder, manifest):
             raise BundleError(f"{path} is not named in the manifest", "Remove it, or convert the model again")
 
 
-def _strangers(folder: Path, manifest: Manifest) -> Iterator[Path]:
+def _strangers(folder: Path, manifest: Manifest | TensorManifest) -> Iterator[Path]:
     """Files and links that are neither in the manifest nor reports; a folder that cannot be searched is an OSError."""
     known = {entry.path for entry in manifest.files} | {MANIFEST}
     for where, folders, files in os.walk(folder, onerror=_raise):

@@ -48,7 +48,7 @@ class ModelSource(Record, frozen=True, kw_only=True):
         id: what the user named: a hub id, or the folder's or file's name.
         revision: the commit on the hub; None for local models.
         path: the local folder, or the GGUF file.
-        format: ``"hf"`` for a Hugging Face folder, ``"gguf"`` for a GGUF file.
+        format: ``"hf"`` for a Hugging Face folder, ``"gguf"`` or ``"onnx"`` for such a file.
         architecture: the first of ``architectures`` in config.json, or ``general.architecture`` of the GGUF.
         n_params: weights in all tensors.
         dtype: the dtype of most weights: ``"f32"``, ``"f16"`` or ``"bf16"``.
@@ -59,7 +59,7 @@ class ModelSource(Record, frozen=True, kw_only=True):
     id: str
     revision: str | None = None
     path: str
-    format: Literal["hf", "gguf"]
+    format: Literal["hf", "gguf", "onnx"]
     architecture: str
     n_params: Count
     dtype: str

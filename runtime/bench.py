@@ -62,8 +62,8 @@ def run_bench(
     tell = progress or (lambda done, total, what: None)
     _check(workload, confidence, max_host_load)
     opened = open_bundle(bundle, verify=True, progress=lambda done, total, name: tell(done, total, f"verifying {name}"))
-    limits = merge_budgets(opened.manifest.budget, budget or Budget())
-    context_tokens = workload.context_tokens or opened.manifest.plan.context_tokens
+    limits = merge_budgets(opened.llm.budget, budget or Budget())
+    context_tokens = workload.context_tokens or opened.llm.plan.context_tokens
     wanted = workload.prompt_tokens + workload.output_tokens
     if wanted > context_tokens:
         raise PromptTooLongError(
@@ -73,12 +73,12 @@ def run_bench(
         )
     device = measure.describe_device()
     run = measure_bundle(opened.path, Conditions(workload, limits, confidence, max_host_load), tell)
-    unlike, notes = _compare_with_target(opened.manifest, device.machine)
+    unlike, notes = _compare_with_target(opened.llm, device.machine)
     metrics, unmeasured = _metrics(run, confidence)
     invalid = list(measure.disturbances(run.before, run.after, run.load))
     if unlike is not None:
         invalid.append(f"simulated: {unlike}")
-    predicted = opened.manifest.plan.predicted
+    predicted = opened.llm.plan.predicted
     verdicts = judge(
         limits,
         metrics,
@@ -88,9 +88,9 @@ def run_bench(
         invalid=invalid,
     )
     return Report(
-        bundle=opened.manifest.name,
+        bundle=opened.llm.name,
         manifest_sha256=opened.manifest_sha256,
-        profile=opened.manifest.built_for,
+        profile=opened.llm.built_for,
         device=device,
         simulated=unlike is not None,
         workload=workload,
@@ -113,7 +113,7 @@ def run_bench(
         invalid_reasons=tuple(invalid),
         verdicts=verdicts,
         result=overall_result(verdicts),
-        notes=(*notes, *_notes(run, workload, opened.manifest.plan)),
+        notes=(*notes, *_notes(run, workload, opened.llm.plan)),
         tools=run.loaded.tools,
         created_utc=_now(),
     )

@@ -33,7 +33,7 @@ def load(
     """
     started = time.perf_counter()
     opened = open_bundle(bundle, verify=verify)
-    plan = opened.manifest.plan
+    plan = opened.llm.plan
     if threads is not None:
         check_threads(threads)
     if context_tokens is not None and not 1 <= context_tokens <= plan.context_tokens:
@@ -42,4 +42,4 @@ def load(
             "Choose no more than planned, or convert again with a larger --context",
         )
     settings = EngineSettings.from_plan(plan, threads=threads, context_tokens=context_tokens)
-    return LLMSession(opened.file("model"), settings, manifest=opened.manifest, started=started)
+    return LLMSession(opened.file("model"), settings, manifest=opened.llm, started=started)

@@ -117,7 +117,7 @@ def main() -> int:
     if path.is_dir():
         bundle = open_bundle(path)
         path = bundle.file("model")
-        settings = EngineSettings.from_plan(bundle.manifest.plan, threads=args.threads)
+        settings = EngineSettings.from_plan(bundle.llm.plan, threads=args.threads)
     with LLMSession(path, settings) as session:
         engine = session._engine  # noqa: SLF001 - the bare loop shares the session's weights
         bare = BareLoop(engine.new_context())

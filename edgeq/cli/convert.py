@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         return 0
-    manifest, plan = bundle.manifest, bundle.manifest.plan
+    manifest, plan = bundle.llm, bundle.llm.plan
     lines = sections(
         plan_lines(plan, manifest.source),
         trial_lines(plan.search),

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.types import to_json
 
     bundle = open_bundle(args.bundle)
-    manifest = bundle.manifest
+    manifest = bundle.llm
     _refuse_inside(args.export, bundle.path)
     check_export(args)
     wrote = export_types(args, manifest.plan.tensor_types, manifest.plan.preset)
@@ -67,7 +67,7 @@ def _refuse_inside(path: Path | None, bundle: Path) -> None:
 
 
 def _head(bundle: Bundle) -> list[str]:
-    manifest, source = bundle.manifest, bundle.manifest.source
+    manifest, source = bundle.manifest, bundle.llm.source
     revision = f" at {source.revision}" if source.revision else ""
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     return [
@@ -81,7 +81,7 @@ def _checks(bundle: Bundle) -> list[str]:
     from edgeq.cli.describe import quality_lines
     from edgeq.units import format_bytes
 
-    manifest = bundle.manifest
+    manifest = bundle.llm
     lines = [f"file     {f.path} ({f.role}), {format_bytes(f.size_bytes)}, sha256 {f.sha256}" for f in manifest.files]
     if manifest.smoke is not None:
         smoke = manifest.smoke

@@ -27,16 +27,19 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.cli.output import show
     from edgeq.cli.progress import Progress
     from edgeq.converters.gguf.quantize import assert_types
+    from edgeq.types import Manifest
     from edgeq.units import format_bytes
 
     with Progress(sys.stderr) as progress:
         bundle = open_bundle(args.bundle, verify=True, progress=progress)
-    assert_types(bundle.file("model"), bundle.manifest.plan.tensor_types)
+    checked = ""
+    if isinstance(bundle.manifest, Manifest):
+        assert_types(bundle.file("model"), bundle.manifest.plan.tensor_types)
+        checked = f", {len(bundle.manifest.plan.tensor_types)} tensors as planned"
     files = bundle.manifest.files
     n_bytes = sum(f.size_bytes for f in files)
     if args.json:
         show(json.dumps({"ok": True, "bundle": str(bundle.path), "files": len(files), "bytes": n_bytes}) + "\n")
     else:
-        n_tensors = len(bundle.manifest.plan.tensor_types)
-        show(f"ok: {len(files)} files, {format_bytes(n_bytes)}, {n_tensors} tensors as planned\n")
+        show(f"ok: {len(files)} files, {format_bytes(n_bytes)}{checked}\n")
     return 0

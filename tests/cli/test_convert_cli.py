@@ -40,7 +40,7 @@ def _one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 def test_the_bundle_is_whole_and_says_how_it_was_made(bundle: Path) -> None:
-    manifest = open_bundle(bundle, verify=True).manifest
+    manifest = open_bundle(bundle, verify=True).llm
     assert manifest.plan.preset == "q8_0"
     assert manifest.source.license == "apache-2.0"
     assert manifest.source.weights_sha256
@@ -76,7 +76,7 @@ def test_a_recipe_of_a_bundle_makes_the_same_file(
     )
     assert done.returncode == 0, done.stderr
     model = next(f for f in json.loads(done.stdout)["files"] if f["role"] == "model")
-    assert model["sha256"] == open_bundle(bundle).manifest.files[0].sha256
+    assert model["sha256"] == open_bundle(bundle).llm.files[0].sha256
 
 
 def test_generating_from_it(bundle: Path, run_cli: RunCli) -> None:
@@ -173,7 +173,7 @@ def test_a_quantized_gguf_is_refused_and_a_float_one_taken(
     preset = ("--quant", "q4_0", "--eval-tokens", "0")
     done = run_cli("convert", source, "--target", "jetson-orin", *preset, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    manifest = open_bundle(tmp_path / "out", verify=True).manifest
+    manifest = open_bundle(tmp_path / "out", verify=True).llm
     assert manifest.built_for == "jetson-orin-nano-8gb"
     assert manifest.plan.gpu_layers == -1
     assert [f.wanted for f in manifest.plan.fallbacks] == ["q6_k"]

@@ -62,7 +62,7 @@ def test_a_mix_keeps_the_limit_and_says_how_it_was_found(
     converted: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     bundle, done = converted
-    manifest = open_bundle(bundle, verify=True).manifest
+    manifest = open_bundle(bundle, verify=True).llm
     search = manifest.plan.search
     assert search is not None
     assert manifest.plan.preset is None
@@ -104,7 +104,7 @@ def test_an_exported_recipe_gives_the_same_types(
     bundle, _ = converted
     recipe = tmp_path / "mix.yaml"
     if command == "inspect":
-        wanted = open_bundle(bundle).manifest.plan.tensor_types
+        wanted = open_bundle(bundle).llm.plan.tensor_types
         done = cli("inspect", bundle, "--export", recipe)
     else:
         wanted = json.loads(cli("plan", model, *SEARCH, *LIMIT, "--json").stdout)["tensor_types"]
@@ -130,14 +130,14 @@ def test_a_recipe_with_a_search_is_rounded_as_the_search_did(
     without = ("--recipe", bundle / "recipe.yaml", "--eval-tokens", "0", "-o", plain)
     assert cli("convert", model, "--target", "laptop-cpu", "--threads", "1", *without).returncode == 0
     types = {name: tensor.type for name, tensor in read_header(plain / "model.gguf").tensors.items()}
-    assert types == open_bundle(bundle).manifest.plan.tensor_types
+    assert types == open_bundle(bundle).llm.plan.tensor_types
 
 
 def test_the_format_of_llama_cpp(
     converted: tuple[Path, subprocess.CompletedProcess[str]], cli: Cli, tmp_path: Path
 ) -> None:
     bundle, _ = converted
-    types = open_bundle(bundle).manifest.plan.tensor_types
+    types = open_bundle(bundle).llm.plan.tensor_types
     out = tmp_path / "types.txt"
     assert cli("inspect", bundle, "--export", out, "--format", "llama.cpp").returncode == 0
     entries = [line.split("=") for line in out.read_text().split()]
@@ -244,7 +244,7 @@ def test_options_that_come_to_nothing_are_named(model: Path, cli: Cli, tmp_path:
     judging = ("--target", "laptop-cpu", "--eval-tokens", "600", "-o", tmp_path / "out")
     done = cli("convert", model, *judging)
     assert "note     --eval-tokens had no effect: f16 weights are not judged" in done.stdout
-    assert open_bundle(tmp_path / "out").manifest.quality is None
+    assert open_bundle(tmp_path / "out").llm.quality is None
 
 
 def _no_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_a_preset_that_needs_an_importance_matrix(tiny_hf: TinyHf, cli: Cli, tmp
     out = tmp_path / "out"
     done = cli("convert", model, *options, "--imatrix", matrix, "--eval-tokens", "0", "-o", out)
     assert done.returncode == 0, done.stderr
-    manifest = open_bundle(out, verify=True).manifest
+    manifest = open_bundle(out, verify=True).llm
     assert manifest.plan.preset == "iq2_s"
     assert "iq2_xs" in {tensor.type for tensor in read_header(out / "model.gguf").tensors.values()}
     assert "note     rounded with the importance matrix own.gguf, sha256 " in done.stdout

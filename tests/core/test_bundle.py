@@ -9,8 +9,25 @@ from typing import Any
 
 import pytest
 
-from edgeq.bundle import MANIFEST, REPORTS, hash_file, open_bundle, refuse_strangers
+from edgeq.bundle import (
+    MANIFEST,
+    REPORTS,
+    describe_file,
+    hash_file,
+    open_bundle,
+    refuse_strangers,
+    write_manifest,
+)
 from edgeq.errors import BundleError, OutputExistsError
+from edgeq.tensor_types import (
+    AxisRange,
+    TensorArtifact,
+    TensorManifest,
+    TensorPlan,
+    TensorPrediction,
+    TensorSpec,
+)
+from edgeq.types import Budget, ModelSource, Target
 
 NotRoot = Callable[[], AbstractContextManager[None]]
 
@@ -194,3 +211,56 @@ def test_a_folder_whose_manifest_is_not_ours_may_not_be_replaced(tmp_path: Path)
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(OutputExistsError, match="schema_version"):
         refuse_strangers(tmp_path)
+
+
+def _tensor_manifest(folder: Path) -> TensorManifest:
+    (folder / "model.onnx").write_bytes(b"graph")
+    return TensorManifest(
+        name="camera",
+        source=ModelSource(id="m", path="m", format="onnx", architecture="onnx", n_params=3, dtype="f32"),
+        artifact=TensorArtifact(
+            architecture="onnx",
+            task="tensor",
+            opset=20,
+            inputs=(TensorSpec(name="images", dtype="float32", shape=("batch", 3, 8, 8)),),
+            outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 2)),),
+        ),
+        plan=TensorPlan(
+            backend="onnxruntime-cpu",
+            scheme="int8-static",
+            activations="u8",
+            axes={"batch": AxisRange(least=1, usual=1, most=4)},
+            predicted=TensorPrediction(
+                file_bytes=5, weights_bytes=5, activation_bytes=0, runtime_bytes=1, peak_memory_bytes=6
+            ),
+        ),
+        files=(describe_file(folder, "model.onnx", "model"),),
+        budget=Budget(latency_ms=33.0),
+        built_for="laptop-cpu",
+        target=Target(arch="x86_64", accelerator="cpu"),
+        tools={},
+        created_utc="2026-11-22T00:00:00+00:00",
+    )
+
+
+def test_a_bundle_says_which_kind_it_is(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "camera"
+    folder.mkdir()
+    manifest = _tensor_manifest(folder)
+    write_manifest(folder, manifest)
+    opened = open_bundle(folder, verify=True)
+    assert opened.tensor == manifest
+    with pytest.raises(BundleError, match="holds no language model"):
+        _ = opened.llm
+    with pytest.raises(BundleError, match="holds a language model"):
+        _ = open_bundle(bundle).tensor
+
+
+def test_sizes_of_an_axis_out_of_order_are_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, _tensor_manifest(tmp_path))
+    _edit(tmp_path, lambda manifest: manifest["plan"]["axes"]["batch"].update(most=0))
+    with pytest.raises(BundleError, match="no valid manifest"):
+        open_bundle(tmp_path)
+    _edit(tmp_path, lambda manifest: manifest["plan"]["axes"]["batch"].update(most=4, usual=5))
+    with pytest.raises(BundleError, match="out of order"):
+        open_bundle(tmp_path)

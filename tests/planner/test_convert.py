@@ -72,7 +72,7 @@ def test_a_bundle_is_replaced_with_its_reports(model: Path, tmp_path: Path) -> N
     (out / REPORTS).mkdir()
     (out / REPORTS / "of-the-old-one.json").write_text("{}")
     second = convert(_job(model, "q8_0"), out, force=True)
-    assert second.manifest.plan.preset == "q8_0"
+    assert second.llm.plan.preset == "q8_0"
     assert second.manifest.source.weights_sha256 == first.manifest.source.weights_sha256 is not None
     assert open_bundle(out, verify=True).manifest == second.manifest
     assert not (out / REPORTS).exists()

@@ -55,8 +55,8 @@ def _job(model: Path, goal: Goal | None = None, **changes: Any) -> Job:
 def test_a_bundle_of_searched_types(tiny_hf: Callable[..., Path], tmp_path: Path) -> None:
     stages: list[str] = []
     bundle = convert(_job(tiny_hf("llama-tied")), tmp_path / "out", progress=lambda stage, *_: stages.append(stage))
-    manifest = open_bundle(tmp_path / "out", verify=True).manifest
-    assert manifest == bundle.manifest
+    manifest = open_bundle(tmp_path / "out", verify=True).llm
+    assert manifest == bundle.llm
     plan, quality = manifest.plan, manifest.quality
     assert plan.preset is None
     assert plan.search is not None
@@ -100,7 +100,7 @@ def test_the_plan_alone_is_the_predicted_optimum_and_writes_nothing(
 def test_a_gguf_without_its_folder_is_searched_by_activations(tiny_hf: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_hf("llama-untied").with_suffix(".gguf")
     bundle = convert(_job(model, Goal(max_kld=0.05)), tmp_path / "out")
-    plan, quality = bundle.manifest.plan, bundle.manifest.quality
+    plan, quality = bundle.llm.plan, bundle.llm.quality
     assert plan.search is not None
     assert (plan.search.estimator, plan.search.objective, plan.search.compensated) == ("imatrix", "file_bytes", True)
     assert any("no Hugging Face folder" in note for note in plan.notes)
