@@ -38,6 +38,22 @@ _NUMBER_UNIT = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*([
 
 # In bytes, milliseconds or operations a second: beyond all machines, and exact in every integer and float that follows.
 _LARGEST = 10**18
+# Letters may be large or small, but where that makes another unit: "Mb" is a megabit, and "MW" a megawatt.
+_BITS = re.compile(r"[KMGT][iI]?b(?=/|$)")
+_MEGAWATTS = re.compile(r"M[wW]")
+_PREFIXES = {"k": "kilo", "m": "mega", "g": "giga", "t": "tera", "ki": "kibi", "mi": "mebi", "gi": "gibi", "ti": "tebi"}
+
+
+def _refuse_other(text: str, written: str, units: dict[str, float] | dict[str, int]) -> None:
+    """Refuse a unit that has its own meaning as it is written, and is one of ``units`` in other letters."""
+    if _BITS.match(written) is not None and written.lower() in units:
+        prefix, rest = written.partition("b")[0], written.partition("b")[2]
+        means, instead = f"{_PREFIXES[prefix.lower()]}bits", f"{prefix[0].upper()}{prefix[1:].lower()}B{rest}"
+    elif _MEGAWATTS.fullmatch(written) is not None and "mw" in units:
+        means, instead = "megawatts", "W or mW"
+    else:
+        return
+    raise UsageError(f"{text!r}: {written!r} means {means}", f"If that is not meant, write {instead}")
 
 
 def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, example: str) -> float:
@@ -50,6 +66,7 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
         raise UsageError(f"{text!r} has no unit, so it could mean anything", f"Write a unit, such as {example}")
     if unit not in units:
         raise UsageError(f"{text!r} has the unit {match[2]!r}, which is not one of {choices}", f"Write {example}")
+    _refuse_other(text, match[2], units)
     value = number * units[unit]
     if not math.isfinite(value) or value <= 0:
         raise UsageError(f"{text!r} is not a positive amount", f"Write something like {example}")
@@ -59,10 +76,10 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
 
 
 def parse_bytes(text: str) -> int:
-    """``"400MiB"`` to 419430400; decimal (MB) and binary (MiB) units, whole bytes.
+    """``"400MiB"`` to 419430400; decimal (MB) and binary (MiB) units in any case but that of bits (Mb); whole bytes.
 
     Raises:
-        UsageError: no number, no unit, an unknown unit, or not positive.
+        UsageError: no number, no unit, an unknown unit or one of bits, or not positive.
     """
     return max(1, round(_parse(text, _BYTES, "an amount of memory", "400MiB")))
 
@@ -101,7 +118,7 @@ def parse_hertz(text: str) -> float:
 
 
 def parse_watts(text: str) -> float:
-    """``"15W"`` to watts. Raises UsageError as `parse_bytes` does."""
+    """``"15W"`` to watts; ``"15MW"`` is refused. Raises UsageError as `parse_bytes` does."""
     return _parse(text, {"mw": 1e-3, "w": 1.0}, "a power", "15W")
 
 

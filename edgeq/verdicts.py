@@ -256,7 +256,8 @@ def _judge_peak(peak: float, limit: float) -> _Finding:
     # A maximum is what it is: there is no distribution to bound.
     if peak <= limit:
         return _Finding("PASS", "the peak is within the limit", peak, None)
-    return _Finding("FAIL", f"the peak is {(peak / limit - 1) * 100:.1f} % over the limit", peak, None)
+    excess = f"{(peak / limit - 1) * 100:.1f} % over the limit" if limit else "over a limit of nothing"
+    return _Finding("FAIL", f"the peak is {excess}", peak, None)
 
 
 def _judge_percentile(

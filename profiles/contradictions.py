@@ -14,6 +14,20 @@ Problems = Iterator[tuple[str, str]]
 
 # The least compute capability whose tensor cores know a type (CUDA C++ programming guide, tensor core data types).
 _NEEDS_CAPABILITY = {"bf16": 8.0, "fp8": 8.9, "fp4": 10.0}
+# INT8 operations of an SM in a clock, dense, by compute capability: NVIDIA's peak rates by SMs and boost clock.
+_INT8_OPS = {
+    "7.2": 2048,
+    "7.5": 2048,
+    "8.0": 4096,
+    "8.6": 2048,
+    "8.7": 4096,
+    "8.9": 2048,
+    "9.0": 8192,
+    "11.0": 16384,
+    "12.0": 2048,
+}
+_CLOCK_MARGIN = 1.25  # a maker's throughput may be for a higher boost clock, but never for twice the operations
+_ROUNDING = 0.02  # of throughputs, as data sheets print them
 _FILES = (".yaml", ".yml")
 
 
@@ -77,6 +91,28 @@ def _gpu(profile: DeviceProfile) -> Problems:
     for precision in ("fp8", "fp4"):
         if getattr(gpu, f"{precision}_ops_per_s") is not None and not _knows(gpu, precision):
             yield f"gpu.{precision}_ops_per_s: {_lacks(gpu, precision)}", "Remove it"
+    per_clock = _INT8_OPS.get(gpu.compute_capability)
+    if per_clock is None or gpu.clock_hz is None or gpu.int8_ops_per_s is None:
+        return
+    most = gpu.sms * gpu.clock_hz * per_clock
+    if gpu.int8_ops_per_s > most * _CLOCK_MARGIN:
+        given, those = _tops(gpu.int8_ops_per_s), _sms(gpu.sms, gpu.clock_hz)
+        yield (
+            f"gpu.int8_ops_per_s is {given}, and {those} of sm_{_sm(gpu)} reach {_tops(most)} without sparsity",
+            "Correct one of them; half of a figure with sparsity is dense",
+        )
+
+
+def _tops(ops_per_s: float) -> str:
+    return f"{ops_per_s / 1e12:.3g} TOPS"
+
+
+def _sms(sms: int, clock_hz: float) -> str:
+    return f"{sms} SMs at {clock_hz / 1e6:.5g} MHz"
+
+
+def _sm(gpu: Gpu) -> str:
+    return gpu.compute_capability.replace(".", "")
 
 
 def _knows(gpu: Gpu, precision: str) -> bool:
@@ -167,3 +203,19 @@ def _power_mode(profile: DeviceProfile, mode: PowerMode) -> Problems:
     for field, value, limit_name, limit in bounds:
         if value is not None and limit is not None and value > limit:
             yield f"{where}.{field} is more than {limit_name}", "Correct one of them"
+    if gpu is not None:
+        yield from _mode_throughput(gpu, mode)
+
+
+def _mode_throughput(gpu: Gpu, mode: PowerMode) -> Problems:
+    """A mode's throughput is its share of the GPU's own, by SMs and clock."""
+    if mode.int8_ops_per_s is None or gpu.int8_ops_per_s is None or gpu.clock_hz is None:
+        return
+    sms, clock_hz = mode.sms or gpu.sms, mode.gpu_clock_hz or gpu.clock_hz
+    scaled = gpu.int8_ops_per_s * (sms / gpu.sms) * (clock_hz / gpu.clock_hz)
+    if abs(mode.int8_ops_per_s - scaled) > _ROUNDING * scaled:
+        field, given = f"power_modes.{mode.name}.int8_ops_per_s", _tops(mode.int8_ops_per_s)
+        yield (
+            f"{field} is {given}, and {_sms(sms, clock_hz)} have {_tops(scaled)} of the GPU's",
+            "Correct one of them, or write int8_ops_per_s: null, and it follows SMs and clock",
+        )

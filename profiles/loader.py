@@ -9,19 +9,21 @@ A profile is YAML with the fields of `edgeq.profiles.device.DeviceProfile`. Quan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeq.errors import ProfileError
 from edgeq.profiles.device import DeviceProfile
-from edgeq.profiles.profile_files import Candidate, ProfileFile, candidates, is_path, read_file
-from edgeq.profiles.schema import check_sources, check_words, profile_from, sources_of
+from edgeq.profiles.profile_files import Candidate, ProfileFile, candidates, is_path, read_file, shipped_files
+from edgeq.profiles.schema import check_sources, check_units, check_words, profile_from, sources_of
 from edgeq.registry import nearest
 
 __all__ = ["Known", "known_profiles", "load_profile", "parse_profile", "profile_names"]
 
 # These belong to one profile alone.
 _NOT_INHERITED = ("name", "aliases", "extends", "measured", "sources")
+# What a profile may say of its own and still be the machine that was measured.
+_NOT_MEASURED = {"name", "aliases", "extends", "summary", "budgets", "sources"}
 _LONGEST_CHAIN = 16  # of profiles that extend each other
 
 
@@ -66,9 +68,9 @@ def _known(candidate: Candidate, earlier: list[Candidate]) -> Known:
     except ProfileError as problem:
         return Known(file.names[0] if file.names else candidate.name, candidate.origin, None, problem)
     for other in earlier:
-        shared = set(file.names).intersection(other.file.names if other.file is not None else ())
-        if shared:
-            return Known(profile.name, candidate.origin, None, _two(min(shared), candidate.origin, other.origin))
+        shared = set() if other.file is None else set(file.names).intersection(other.file.names)
+        if other.file is not None and shared:
+            return Known(profile.name, candidate.origin, None, _two(min(shared), file, other.file))
     return Known(profile.name, candidate.origin, profile)
 
 
@@ -81,7 +83,7 @@ def load_profile(name: str) -> DeviceProfile:
     Raises:
         ProfileError: there is none, with the nearest names; two profiles share the name; or it is not valid.
     """
-    return _resolve(read_file(name) if is_path(name) else _find(name))
+    return _resolve(read_file(name) if is_path(name) else _find(name, _files()))
 
 
 def parse_profile(text: str, where: str) -> DeviceProfile:
@@ -106,6 +108,7 @@ def _merged(file: ProfileFile, below: tuple[ProfileFile, ...]) -> dict[str, Any]
     """One file over all that it extends. Each file's numbers need its own sources, and keep them."""
     raw = file.raw
     check_words(raw, file.where)
+    check_units(raw, file.where)
     check_sources(raw, file.where)
     if raw.get("extends") is None:
         return _merge({}, raw)
@@ -119,7 +122,9 @@ def _merged(file: ProfileFile, below: tuple[ProfileFile, ...]) -> dict[str, Any]
         raise ProfileError(f"{chain[0].where} extends more than {_LONGEST_CHAIN} profiles in a row", "Extend fewer")
     base = _merged(parent, chain)
     inherited = {key: value for key, value in base.items() if key not in _NOT_INHERITED}
-    if "measured" not in raw:
+    if _is_the_same_machine(raw) and "measured" in base:
+        inherited["measured"] = base["measured"]
+    elif "measured" not in raw:
         inherited["provenance"] = "datasheet"
     _refuse_idle_nulls(raw, inherited, "", file.where)
     merged = _merge(inherited, raw)
@@ -129,14 +134,24 @@ def _merged(file: ProfileFile, below: tuple[ProfileFile, ...]) -> dict[str, Any]
     return merged
 
 
+def _is_the_same_machine(raw: Mapping[str, Any]) -> bool:
+    """Whether a profile changes nothing of what it extends that a probe has measured."""
+    memory = raw.get("memory", {})
+    left_free = isinstance(memory, dict) and memory.keys() <= {"reserved_bytes"}
+    return raw.keys() - {"memory"} <= _NOT_MEASURED and left_free
+
+
 def _parent(file: ProfileFile) -> ProfileFile:
     name: str = file.raw["extends"]
     try:
         if is_path(name):
             return read_file(name, beside=file)
-        if name.lower() in file.names and not any(f.identity != file.identity for f in _files() if name in f.names):
+        # What edgeq ships stands on what edgeq ships, whatever the user's files are called.
+        files = list(shipped_files()) if file.shipped else _files()
+        wanted = name.lower()
+        if wanted in file.names and not any(f.identity != file.identity for f in files if wanted in f.names):
             return file
-        return _find(name, besides=file)
+        return _find(name, files, besides=file)
     except ProfileError as error:
         raise ProfileError(f"{file.where} extends {name!r}: {error.cause}", error.remedy) from error
 
@@ -178,13 +193,12 @@ def _files() -> list[ProfileFile]:
     return [candidate.file for candidate in candidates() if candidate.file is not None]
 
 
-def _find(name: str, besides: ProfileFile | None = None) -> ProfileFile:
-    """The file whose name or alias that is; ``besides`` may have the name of what it extends."""
+def _find(name: str, files: Sequence[ProfileFile], besides: ProfileFile | None = None) -> ProfileFile:
+    """The one of the files whose name or alias that is; ``besides`` may have the name of what it extends."""
     wanted = name.lower()
-    files = _files()
     found = [file for file in files if wanted in file.names and (besides is None or file.identity != besides.identity)]
     if len(found) > 1:
-        raise _two(name, found[1].where, found[0].where)
+        raise _two(wanted, found[1], found[0])
     if not found:
         known = sorted({alias for file in files for alias in file.names})
         close = nearest(name, known)
@@ -193,5 +207,8 @@ def _find(name: str, besides: ProfileFile | None = None) -> ProfileFile:
     return found[0]
 
 
-def _two(name: str, where: str, other: str) -> ProfileError:
-    return ProfileError(f"Two profiles are called {name!r}: {where} and that of {other}", "Rename one of them")
+def _two(name: str, file: ProfileFile, earlier: ProfileFile) -> ProfileError:
+    other, change = ("the one that edgeq ships", file.where) if earlier.shipped else (earlier.where, "one of them")
+    return ProfileError(
+        f"Two profiles are called {name!r}: {file.where} and {other}", f"Write another name or alias in {change}"
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from edgeq.errors import ProfileError, UsageError
 from edgeq.strict_yaml import load_yaml
 
-__all__ = ["Candidate", "ProfileFile", "candidates", "is_path", "profile_folders", "read_file"]
+__all__ = ["Candidate", "ProfileFile", "candidates", "is_path", "profile_folders", "read_file", "shipped_files"]
 
 _FOLDERS = "EDGEQ_PROFILES"
 _SUFFIXES = (".yaml", ".yml")
@@ -97,18 +97,15 @@ def profile_folders() -> list[Path]:
 
 
 def candidates() -> list[Candidate]:
-    """Every file that should hold a profile, the shipped ones first."""
-    found = [Candidate(file.where, "edgeq", file) for file in _shipped()]
+    """Every file that should hold a profile, the shipped ones first; a folder that cannot be read is one, with why."""
+    found = [Candidate(file.where, "edgeq", file) for file in shipped_files()]
     seen: set[str] = set()
     for folder in profile_folders():
         try:
             paths = sorted(folder.iterdir())
         except OSError as error:
-            if _FOLDERS in os.environ:
-                problem = ProfileError(
-                    f"The folder {folder} of ${_FOLDERS} cannot be read: {error.strerror}", f"Correct ${_FOLDERS}"
-                )
-                found.append(Candidate(folder.name, str(folder), None, problem))
+            if _FOLDERS in os.environ or not isinstance(error, FileNotFoundError):
+                found.append(Candidate(folder.name, str(folder), None, _unreadable(folder, error)))
             continue
         for path in [path for path in paths if path.name.lower().endswith(_SUFFIXES)]:
             identity = os.path.realpath(path)
@@ -116,6 +113,14 @@ def candidates() -> list[Candidate]:
                 seen.add(identity)
                 found.append(_candidate(path))
     return found
+
+
+def _unreadable(folder: Path, error: OSError) -> ProfileError:
+    """For the user's folder of profiles; that there is none is no error where none was named."""
+    whose, remedy = "your profiles", "Make it a folder that you can read"
+    if _FOLDERS in os.environ:
+        whose, remedy = f"${_FOLDERS}", f"Correct ${_FOLDERS}"
+    return ProfileError(f"The folder {folder} of {whose} cannot be read: {error.strerror}", remedy)
 
 
 def _candidate(path: Path) -> Candidate:
@@ -130,7 +135,8 @@ def _candidate(path: Path) -> Candidate:
 
 
 @functools.cache
-def _shipped() -> tuple[ProfileFile, ...]:
+def shipped_files() -> tuple[ProfileFile, ...]:
+    """Edgeq's own."""
     named = [item for item in resources.files("edgeq.profiles").iterdir() if item.name.endswith(_SUFFIXES)]
     named.sort(key=lambda item: [(len(part), part) if part.isdigit() else (0, part) for part in _parts(item.name)])
     return tuple(ProfileFile(f"edgeq's {i.name}", i.read_text(encoding="utf-8"), shipped=True) for i in named)

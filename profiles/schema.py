@@ -27,7 +27,7 @@ from edgeq.units import (
     parse_watts,
 )
 
-__all__ = ["check_sources", "check_words", "parse_fields", "profile_from", "sources_of"]
+__all__ = ["check_sources", "check_units", "check_words", "parse_fields", "profile_from", "sources_of"]
 
 Raw = Mapping[str, Any]
 
@@ -56,6 +56,15 @@ _DEEPEST = 16  # levels of mappings and lists; a profile has 6
 _MOST_NAMED = 5  # paths in one message
 # msgspec's messages end with the path: "Expected `int`, got `str` - at `$.cpu.cores`".
 _MSGSPEC = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
+_PATTERN = re.compile(r" matching regex .*", re.DOTALL)
+_BOUND = re.compile(r"(?P<sign>[<>]=?) (?P<limit>-?[\d.e+]+)$")
+_KINDS = {
+    "Expected `int": "Write a whole number",
+    "Expected `float": "Write a number",
+    "Expected `bool": "Write true or false",
+    "Expected `array": "Write a list, such as [a, b]",
+    "Expected `object": "Write its keys below it",
+}
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
@@ -152,8 +161,12 @@ def parse_fields(raw: Any, path: str = "") -> Any:  # noqa: ANN401 - YAML holds 
     if unit is not None and raw is not None:
         return _quantity(raw, path, unit)
     if isinstance(raw, float) and not math.isfinite(raw):
-        raise UsageError(f"{path} is {raw}, which cannot be", "Correct it")
+        raise UsageError(f"{path} {_no_amount(raw)}", "Write a number")
     return raw
+
+
+def _no_amount(raw: float) -> str:
+    return "is not a number" if math.isnan(raw) else "cannot be infinite"
 
 
 def _unit(path: str) -> _Unit | None:
@@ -169,13 +182,18 @@ def _quantity(raw: Any, path: str, unit: _Unit) -> float:  # noqa: ANN401 - YAML
             return _amount(raw, parse)
         except UsageError as error:
             raise UsageError(f"{path}: {error.cause}", error.remedy) from error
-    is_number = isinstance(raw, int | float) and not isinstance(raw, bool)
-    bare = suffix == "tokens_per_s" or path.startswith("measured.") or raw == 0
-    if not is_number or not bare or (isinstance(raw, float) and not math.isfinite(raw)):
-        what = "has no unit" if is_number else "is no amount"
-        raise UsageError(f"{path}: {raw!r} {what}", f"Write a number and a unit, such as {example}")
-    number: float = raw
-    return number
+    remedy = f"Write a number and a unit, such as {example}"
+    if not isinstance(raw, int | float) or isinstance(raw, bool):
+        raise UsageError(f"{path}: {raw!r} is no amount", remedy)
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise UsageError(f"{path} {_no_amount(raw)}", remedy)
+    if path.startswith("measured."):
+        return raw
+    if raw < 0:
+        raise UsageError(f"{path}: {raw!r} is not a positive amount", remedy)
+    if suffix != "tokens_per_s" and raw != 0:
+        raise UsageError(f"{path}: {raw!r} has no unit", remedy)
+    return raw
 
 
 def _amount(text: str, parse: Callable[[str], float]) -> float:
@@ -186,6 +204,27 @@ def _amount(text: str, parse: Callable[[str], float]) -> float:
     if zero["unit"]:
         parse(f"1{zero['unit']}")
     return 0
+
+
+def check_units(raw: Raw, where: str) -> None:
+    """Refuse a quantity without its unit, or with another's, in one file; what was measured is left to `profile_from`.
+
+    Args:
+        raw: plain YAML data that `check_words` passed.
+        where: its file, for messages.
+
+    Raises:
+        ProfileError: such a quantity, one that is negative, or a number that is not finite.
+    """
+    _parsed({key: value for key, value in raw.items() if key != "measured"}, where)
+
+
+def _parsed(raw: Raw, where: str) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = parse_fields({key: value for key, value in raw.items() if key not in _OWN_KEYS})
+    except UsageError as error:
+        raise ProfileError(f"{where}: {error.cause}", error.remedy) from error
+    return fields
 
 
 def check_sources(raw: Raw, where: str) -> None:
@@ -278,10 +317,7 @@ def profile_from(raw: Raw, where: str) -> DeviceProfile:
     Raises:
         ProfileError: a missing key, a value of the wrong kind, or numbers that contradict each other.
     """
-    try:
-        fields = parse_fields({key: value for key, value in raw.items() if key not in _OWN_KEYS})
-    except UsageError as error:
-        raise ProfileError(f"{where}: {error.cause}", error.remedy) from error
+    fields = _parsed(raw, where)
     for key, kind in _NAMED.items():
         # Each by itself first, so that a message has its name and not its number.
         items = [{"name": name, **item} for name, item in fields.get(key, {}).items()]
@@ -308,12 +344,35 @@ def _convert(fields: Any, kind: type[T], where: str, prefix: str) -> T:  # noqa:
     if missing is not None:
         lacking = f"{path}.{missing[1]}" if path else missing[1]
         raise ProfileError(f"{where} lacks {lacking}", "Add it")
-    raise ProfileError(f"{where} has no valid {path or 'mapping'}: {what[:1].lower()}{what[1:]}", _remedy(path, what))
+    reason = _PATTERN.sub(" of another form", what[:1].lower() + what[1:])
+    raise ProfileError(f"{where} has no valid {path or 'mapping'}: {reason}", _remedy(path, what))
 
 
 def _remedy(path: str, what: str) -> str:
+    key = path.rpartition(".")[2]
     if path == "name" or path.startswith("aliases"):
         return "Use up to 64 lower-case letters, digits, dots, dashes and underscores"
     if re.match("Expected `str[^,]*, got `(?:int|float|date)", what):
         return "Put it in quotes"
-    return "Correct it"
+    if key == "compute_capability":
+        return 'Write it in quotes, such as "8.7" for sm_87'
+    if key.endswith("_efficiency"):
+        return "Write a share above 0 and up to 1, such as 0.5 for 50 %"
+    choices = typing.get_args(_hints(DeviceProfile).get(path))
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return f"Choose one of {', '.join(choices)}"
+    return _bound(what) or next((remedy for start, remedy in _KINDS.items() if what.startswith(start)), "Correct it")
+
+
+def _bound(what: str) -> str | None:
+    """What to do about a number beyond the bound that msgspec names."""
+    match = _BOUND.search(what)
+    if match is None:
+        return None
+    limit = f"{float(match['limit']):g}"
+    return {
+        ">": f"Write a number above {limit}",
+        "<": f"Write a number below {limit}",
+        ">=": f"Write {limit} or more",
+        "<=": f"Write {limit} or less",
+    }[match["sign"]]

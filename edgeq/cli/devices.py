@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import textwrap
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,22 @@ _ACTIONS = {
 }
 
 
+_COLUMNS: tuple[str, ...] = (
+    "device",
+    "memory",
+    "bandwidth",
+    "accelerator",
+    "power mode",
+    "backend",
+    "figures",
+    "also called",
+    "file",
+)
+_TO_THE_RIGHT = ("memory", "bandwidth")
+# What a narrow terminal goes without; the device and its memory always stay.
+_LEAST_FIRST = ("figures", "backend", "also called", "file", "power mode", "accelerator", "bandwidth")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, and those of its actions."""
     add_json_argument(parser)
@@ -57,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """List every device, or do what the action says."""
     import json
 
-    from edgeq.cli.output import note, show, show_lines
-    from edgeq.cli.tables import format_table
+    from edgeq.cli.output import note, show
     from edgeq.profiles.loader import known_profiles
 
     if args.action is not None:
@@ -68,15 +85,36 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show(json.dumps([_document(known) for known in found], indent=2) + "\n")
         return 0
-    rows = [_row(known, known.profile) for known in found if known.profile is not None]
-    headers = ["device", "memory", "bandwidth", "accelerator", "power mode", "backend", "figures", "also called"]
-    own = any(known.origin != "edgeq" for known in found)
-    shown = [row if own else row[:-1] for row in rows]
-    show_lines(format_table([*headers, "file"] if own else headers, shown, right=(1, 2)))
+    _show_table(found)
     for known in found:
         if known.error is not None:
             note(f"warning: {known.origin}: {known.error}")
     return 0
+
+
+def _show_table(found: Sequence[Known]) -> None:
+    """A row for each device; on a terminal without the columns that it is too narrow for, which a note names."""
+    from edgeq.cli.output import note, show_lines
+    from edgeq.cli.tables import format_table, terminal_width
+
+    rows: list[dict[str, str]] = [
+        dict(zip(_COLUMNS, _row(known, known.profile), strict=True)) for known in found if known.profile is not None
+    ]
+    own = any(known.origin != "edgeq" for known in found)
+    columns = [column for column in _COLUMNS if own or column != "file"]
+    width = terminal_width() if sys.stdout.isatty() else None
+    dropped: list[str] = []
+    while True:
+        right = [index for index, column in enumerate(columns) if column in _TO_THE_RIGHT]
+        lines = format_table(columns, [[row[column] for column in columns] for row in rows], right=right)
+        spare = next((column for column in _LEAST_FIRST if column in columns), None)
+        if width is None or spare is None or max(map(len, lines)) <= width:
+            break
+        columns.remove(spare)
+        dropped.append(spare)
+    show_lines(lines)
+    if dropped:
+        note(f"note: no room for the columns {', '.join(dropped)}; a pipe and --json have all")
 
 
 def _row(known: Known, profile: DeviceProfile) -> list[str]:

@@ -173,12 +173,23 @@ def job_from(args: argparse.Namespace) -> Job:
 
 
 def device_of(args: argparse.Namespace) -> str:
-    """What ``--target`` or ``--profile`` said, as `edgeq.profiles.loader.load_profile` takes it."""
+    """What ``--target`` or ``--profile`` said, as `edgeq.profiles.loader.load_profile` takes it.
+
+    Raises:
+        UsageError: ``--profile`` names a device, and there is no such file.
+    """
     if args.profile is None:
         target: str = args.target
         return target
     file: str = args.profile
-    return file if "/" in file else f"./{file}"
+    if "/" in file:
+        return file
+    from edgeq.errors import UsageError
+    from edgeq.profiles.loader import profile_names
+
+    if file.lower() in profile_names() and not Path(file).is_file():
+        raise UsageError(f"--profile takes a file, and {file} is a device's name", f"Use --target {file}")
+    return f"./{file}"
 
 
 def _option(name: str) -> str:

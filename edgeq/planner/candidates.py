@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Miss:
     @property
     def excess(self) -> float:
         """By how much of the limit it is missed."""
-        return abs(self.needed - self.limit) / self.limit
+        return abs(self.needed - self.limit) / self.limit if self.limit else math.inf
 
     def __str__(self) -> str:
         """``peak memory 454 MiB, limit 400 MiB``."""

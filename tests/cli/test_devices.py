@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +84,56 @@ def test_the_json_list_is_for_scripts(cli: Cli) -> None:
     assert orin["power_modes"] == ["7W", "15W", "25W", "MAXN_SUPER"]
 
 
+def on_a_terminal(columns: int) -> tuple[list[str], str]:
+    """Lines of the list on a terminal that wide, and what goes to stderr."""
+    here, there = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "edgeq", "devices"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=there, stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        os.close(there)
+        read = b""
+        while piece := _read(here):
+            read += piece
+        assert child.stderr is not None
+        said = child.stderr.read()
+    os.close(here)
+    assert child.returncode == 0, said
+    return read.decode().splitlines(), said
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
+
+
+@pytest.mark.parametrize("columns", [40, 79, 120])
+def test_a_narrow_terminal_shows_what_matters_most(
+    columns: int, cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "mine.yaml").write_text("name: mine\nextends: jetson-orin\nsummary: a robot\n")
+    lines, said = on_a_terminal(columns)
+    assert max(map(len, lines)) <= columns
+    assert len(lines) == 2 + 13
+    assert lines[0].split()[:2] == ["device", "memory"]
+    assert ("bandwidth" in lines[0]) == (columns > 50)
+    assert ("power mode" in lines[0]) == (columns >= 79)
+    assert said.startswith("note: no room for the columns ")
+    assert "figures" in said
+    # A pipe has no width, whatever the shell says.
+    monkeypatch.setenv("COLUMNS", str(columns))
+    piped = cli("devices")
+    assert piped.stdout.splitlines()[0].split()[-1] == "file"
+    assert piped.stderr == ""
+
+
+def test_a_wide_terminal_shows_everything(cli: Cli) -> None:
+    assert on_a_terminal(200) == (cli("devices").stdout.splitlines(), "")
+
+
 def test_the_documentation_shows_what_is(cli: Cli, repo: Path) -> None:
     text = (repo / "docs" / "devices.md").read_text(encoding="utf-8")
     assert f"$ edgeq devices\n{cli('devices').stdout}```" in text
@@ -128,7 +181,7 @@ def test_numbers_are_shown_in_human_units(cli: Cli) -> None:
 
 def test_another_power_mode(cli: Cli) -> None:
     assert (
-        "power mode MODE_30W: 55.4 GiB usable, 127.3 GB/s, as much as the GPU draws"
+        "power mode MODE_30W: 55.4 GiB usable, 128.0 GB/s, as much as the GPU draws"
         in cli("devices", "show", "jetson-agx-orin").stdout
     )
     shown = cli("devices", "show", "jetson-agx-orin", "--power-mode", "maxn").stdout
@@ -155,6 +208,7 @@ def test_a_profile_in_a_file(cli: Cli, tmp_path: Path) -> None:
 def test_mistakes_are_one_line(cli: Cli, tmp_path: Path) -> None:
     assert "Choose one of jetson-orin" in one_error(cli("devices", "show", "jetson-orinn"), 1)
     assert "No such file" in one_error(cli("devices", "show", tmp_path / "nowhere.yaml"), 1)
+    assert "no regular file" in one_error(cli("devices", "show", tmp_path), 1)
     assert "NAME|FILE" in one_error(cli("devices", "show"), 2)
     assert "'shwo'" in one_error(cli("devices", "shwo"), 2)
 
@@ -196,6 +250,33 @@ def test_tab_completion_knows_devices_and_power_modes(shell: str, cli: Cli, fold
         assert word in script
 
 
+def test_completion_runs_nothing(cli: Cli, folder: Path) -> None:
+    (folder / "evil.yaml").write_text("name: $(touch evil)\naliases: ['`id`']\nextends: laptop\nsummary: a\n")
+    for shell in ("bash", "zsh", "tcsh"):
+        script = cli("completion", shell).stdout
+        assert "touch evil" not in script
+        assert "`id`" not in script
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [("./b", ["./bot.yaml"]), ("bo", ["bot.yaml"]), ("jetson-th", ["jetson-thor", "jetson-thor-t4000"]), ("zz", [])],
+)
+def test_a_device_or_a_file_is_completed(word: str, found: list[str], cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(cli("completion", "bash").stdout)
+    (tmp_path / "bot.yaml").touch()
+    typed = f"COMP_WORDS=(edgeq devices show {word}); COMP_CWORD=3"
+    shown = subprocess.run(
+        ["bash", "-c", f'source ./script; {typed}; _shtab_edgeq; printf "%s\\n" "${{COMPREPLY[@]}}"'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(found) <= set(shown.stdout.split())
+    assert all(entry.startswith(word) for entry in shown.stdout.split())
+
+
 # --- the device of a plan
 
 
@@ -219,11 +300,16 @@ def test_the_device_is_named_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.
     model = tmp_path / "model"
     assert "--target --profile is required" in one_error(cli("plan", model), 2)
     assert "not allowed with" in one_error(cli("plan", model, "--target", "laptop", "--profile", "x.yaml"), 2)
-    # A profile is a file, whatever it is called.
+    # A profile is a file, whatever it is called; a device's name is for another option.
     monkeypatch.chdir(tmp_path)
     for command in ("plan", "convert"):
-        assert "laptop-cpu cannot be read" in one_error(cli(command, model, "--profile", "laptop-cpu"), 1)
+        assert "my-laptop cannot be read" in one_error(cli(command, model, "--profile", "my-laptop"), 1)
+        for name in ("laptop-cpu", "Jetson-Orin"):
+            message = one_error(cli(command, model, "--profile", name), 2)
+            assert f"--profile takes a file, and {name} is a device's name. Use --target {name}" in message
         message = one_error(cli(command, model, "--target", "jetson-orin", "--power-mode", "16W"), 1)
         assert "no power mode '16W'. Choose one of" in message
         assert "no power modes" in one_error(cli(command, model, "--target", "laptop", "--power-mode", "15W"), 1)
-    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("profiles", "model")]
+    (tmp_path / "laptop-cpu").write_text("name: mine\n")
+    assert "laptop-cpu lacks" in one_error(cli("plan", model, "--profile", "laptop-cpu"), 1)
+    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("profiles", "model", "laptop-cpu")]

@@ -266,3 +266,7 @@ def test_bad_report_is_one_line(tmp_path: Path, text: bytes, match: str) -> None
 def test_missing_report_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="No such file"):
         reports.read_report(tmp_path / "r.json")
+
+
+def test_a_limit_of_nothing_is_missed_by_everything() -> None:
+    assert line("peak_memory_bytes", 0, [5.0]).result == "FAIL"

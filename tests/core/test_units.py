@@ -49,6 +49,36 @@ def test_nonsense_is_refused_with_a_remedy(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("400Mb", ["'Mb' means megabits", "write MB"]),
+        ("400 Kb", ["'Kb' means kilobits", "write KB"]),
+        ("1Tb", ["terabits", "write TB"]),
+        ("1Gib", ["gibibits", "write GiB"]),
+    ],
+)
+def test_bits_are_no_bytes(text: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_bytes(text)
+    assert all(word in str(caught.value) for word in words), caught.value
+    with pytest.raises(UsageError, match="bits"):
+        parse_bandwidth(f"{text}/s")
+
+
+@pytest.mark.parametrize("text", ["1gb", "1GB", "1gB", "1000mb", "1e6kB", "1e6KB"])
+def test_letters_may_be_large_or_small_where_nothing_else_is_meant(text: str) -> None:
+    assert parse_bytes(text) == 10**9
+    assert parse_bandwidth(f"{text}/S") == 1e9
+
+
+def test_megawatts_are_no_milliwatts() -> None:
+    assert parse_watts("500mW") == parse_watts("500mw") == 0.5
+    for text in ("15MW", "15 Mw"):
+        with pytest.raises(UsageError, match=r"means megawatts\. .*write W or mW"):
+            parse_watts(text)
+
+
 @given(st.integers(1, 2**50))
 def test_whole_bytes_survive(n_bytes: int) -> None:
     assert parse_bytes(f"{n_bytes}B") == n_bytes

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edgeq.errors import ProfileError
 from edgeq.profiles.loader import Known, known_profiles, load_profile, parse_profile, profile_names
 from edgeq.profiles.profile_files import ProfileFile, profile_folders
 
-_LAPTOP = (resources.files("edgeq.profiles") / "laptop-cpu.yaml").read_text()
+# A copy, so that a shipped figure may change.
+_LAPTOP = (Path(__file__).parent / "samples" / "laptop-cpu.yaml").read_text()
 
 
 @pytest.fixture
@@ -161,6 +162,17 @@ def test_a_folder_that_is_not_there_is_told(folder: Path, monkeypatch: pytest.Mo
     assert all(entry.origin == "edgeq" for entry in known_profiles())
 
 
+def test_what_stands_in_place_of_the_default_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDGEQ_PROFILES", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "edgeq").mkdir()
+    (tmp_path / "edgeq" / "profiles").write_text("no folder")
+    assert load_profile("laptop-cpu").name == "laptop-cpu"
+    message = str(known("profiles").error)
+    assert f"The folder {tmp_path / 'edgeq' / 'profiles'} of your profiles cannot be read: Not a directory" in message
+    assert "\n" not in message
+
+
 def test_two_profiles_of_one_name_are_refused_by_that_name_alone(folder: Path) -> None:
     (folder / "a.yaml").write_text(own("mine", more="aliases: [robot]\n"))
     (folder / "b.yaml").write_text(own("other", more="aliases: [robot, jetson-orin]\n"))
@@ -171,6 +183,26 @@ def test_two_profiles_of_one_name_are_refused_by_that_name_alone(folder: Path) -
     assert load_profile("jetson-orin-nano-8gb").name == "jetson-orin-nano-8gb"
     assert known("mine").error is None
     assert "Two profiles" in str(known("other").error)
+
+
+def test_a_file_with_a_shipped_name_breaks_no_other_device(folder: Path) -> None:
+    shipped = load_profile("jetson-thor-t4000")
+    mine = folder / "thor.yaml"
+    mine.write_text(own("jetson-thor", extends="jetson-thor"))
+    (folder / "nano.yaml").write_text(own("nano", extends="jetson-orin", more="aliases: [jetson-orin-nano-8gb]\n"))
+    assert load_profile("jetson-thor-t4000") == shipped
+    assert load_profile("jetson-orin-nano-4gb").name == "jetson-orin-nano-4gb"
+    assert {entry.name for entry in known_profiles() if entry.error is not None} == {"jetson-thor", "nano"}
+    # Its own name is refused, and the one that can be changed is told.
+    for name in ("jetson-thor", "JETSON-THOR"):
+        with pytest.raises(ProfileError) as caught:
+            load_profile(name)
+        assert str(caught.value).endswith(f"Write another name or alias in {mine}.")
+    assert "the one that edgeq ships" in str(caught.value)
+    assert load_profile(str(mine)).summary == "a robot"
+    assert next(entry for entry in known_profiles() if entry.origin == str(mine)).error is not None
+    mine.write_text(own("jetson-thor", extends="Jetson-Thor"))
+    assert load_profile(str(mine)).memory == load_profile("jetson-thor-t5000").memory
 
 
 @pytest.mark.parametrize(
@@ -197,6 +229,17 @@ def test_names_are_the_same_however_they_are_found(text: str) -> None:
     assert ProfileFile("a.yaml", text).names == ("a", *(alias for alias in aliases or [] if isinstance(alias, str)))
 
 
+def test_no_shipped_figure_stands_on_a_page_that_is_written_anew() -> None:
+    """Tables of docs/ change with every measurement; a source says what was measured, or that nothing was."""
+    sources = {
+        (entry.name, path): text
+        for entry in known_profiles()
+        for path, text in load_profile(entry.name).sources.items()
+    }
+    assert sources
+    assert [key for key, text in sources.items() if "docs/" in text] == []
+
+
 # --- extends
 
 
@@ -207,7 +250,7 @@ def test_what_is_not_said_is_inherited_with_its_source() -> None:
         extends="jetson-orin",
         more="""memory: {reserved_bytes: 3GiB}
 power_modes:
-  15W: {gpu_clock_hz: 600MHz}
+  15W: {gpu_clock_hz: 606MHz}
   7W: null
   OWN: {power_w: 20W}
 cpu: {features: [asimd]}
@@ -222,9 +265,10 @@ sources:
     assert mine.aliases == ()
     assert mine.memory.reserved_bytes == 3 * 2**30
     assert mine.memory.total_bytes == base.memory.total_bytes
-    assert [mode.name for mode in mine.power_modes] == ["15W", "25W", "MAXN_SUPER", "OWN"]
+    inherited = {mode.name: mode for mode in base.power_modes if mode.name != "7W"}
+    assert [mode.name for mode in mine.power_modes] == [*inherited, "OWN"]
     mode = mine.power_modes[0]
-    assert (mode.gpu_clock_hz, mode.sms, mode.power_w) == (600e6, 8, 15)
+    assert mode == msgspec.structs.replace(inherited["15W"], gpu_clock_hz=606e6)
     assert mine.cpu.features == ("asimd",)
     assert mine.budgets == base.budgets
     assert [b.name for b in mine.backends] == [b.name for b in base.backends]
@@ -240,7 +284,7 @@ sources:
 
 
 def test_null_takes_things_away() -> None:
-    gone = ("llama.cpp-cuda", "tensorrt-edge-llm", "tensorrt", "onnxruntime-cuda")
+    gone = (backend.name for backend in load_profile("jetson-orin").backends if backend.on_gpu)
     backends = ", ".join(f"{name}: null" for name in gone)
     more = f"gpu: null\npower_modes: null\npower_mode: null\nbackends: {{{backends}}}\n"
     mine = parse_profile(own("mine", extends="jetson-orin", more=more), "mine.yaml")
@@ -257,6 +301,8 @@ def test_null_takes_things_away() -> None:
         ("memory: {measured_bandwith: null}", ["memory.measured_bandwith", "Perhaps"]),
         ("memory: {reserved_bytes: 3GiB}", ["no source for memory.reserved_bytes"]),
         ("sources: {memory: mine}", ["source for memory, which it does not hold"]),
+        ("memory: {reserved_bytes: 3Gb}", ["memory.reserved_bytes", "gigabits"]),
+        ("power_modes: {15W: {sms: 4}}\nsources: {power_modes: x}", ["power_modes.15W.int8_ops_per_s", "null"]),
         ("memory: null", ["lacks memory"]),
         ("memory: 5", ["no source for memory"]),
         ("memory: text", ["memory"]),
@@ -272,12 +318,20 @@ def test_mistakes_beside_extends(more: str, words: list[str]) -> None:
 def test_what_was_measured_belongs_to_one_profile(folder: Path) -> None:
     measured = _LAPTOP.replace("name: laptop-cpu\naliases: [laptop]", "name: probed").replace(
         "provenance: datasheet",
-        "provenance: measured\nmeasured: {taken_utc: x, edgeq: x, threads: 1}",
+        "provenance: measured\nmeasured:\n  {taken_utc: x, edgeq: x, threads: 1, host_load: 0.5, doubts: [loaded], "
+        "facts: {kind: pc, arch: x86_64, cpu: {}, memory: {}, container: {}}, bandwidth: ["
+        "{threads: 1, triad_bytes_per_s: 1.0, read_bytes_per_s: 1.0, spread: 0, buffer_bytes: 9, n: 3}]}",
     )
     (folder / "probed.yaml").write_text(measured)
-    # The record of measurements may ask for more than this; inheritance does not look into it.
-    mine = parse_profile(own("mine", extends="probed"), "mine.yaml")
-    assert (mine.provenance, mine.measured) == ("datasheet", None)
+    # Who keeps more memory free has still the machine that was measured, with what its probe doubts.
+    more = "memory: {reserved_bytes: 6GiB}\nbudgets: {planner: {itl_ms: 90ms}}\nsources: {memory: x, budgets: y}"
+    kept = parse_profile(own("mine", extends="probed", more=more), "mine.yaml")
+    assert kept.provenance == "measured"
+    assert kept.measured is not None
+    assert kept.measured.doubts == ("loaded",)
+    more = "memory: {bandwidth_bytes_per_s: 99GB/s}\nsources: {memory: x}"
+    other = parse_profile(own("mine", extends="probed", more=more), "mine.yaml")
+    assert (other.provenance, other.measured) == ("datasheet", None)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_a_rate_needs_no_unit_and_measured_numbers_have_none() -> None:
         parse_fields({"budgets": {"planner": {"tokens_per_s": "20tok/s"}}})["budgets"]["planner"]["tokens_per_s"] == 20
     )
     assert parse_fields({"budgets": {"planner": {"tokens_per_s": 20}}})["budgets"]["planner"]["tokens_per_s"] == 20
+    assert parse_fields({"measured": {"drift_ms": -0.5}}) == {"measured": {"drift_ms": -0.5}}
     assert parse_fields({"measured": {"available_bytes": 5, "bytes_per_s": "2GB/s"}})["measured"] == {
         "available_bytes": 5,
         "bytes_per_s": 2e9,
@@ -106,31 +107,46 @@ def test_a_misspelt_key_at_any_depth_names_the_right_one(path: str, key: str, wo
         ("total_bytes: 16GiB", "total_bytes: -8GiB", ["memory.total_bytes", "positive"]),
         ("total_bytes: 16GiB", "total_bytes: [16GiB]", ["memory.total_bytes"]),
         ("total_bytes: 16GiB", "total_bytes: true", ["memory.total_bytes", "no amount"]),
-        ("total_bytes: 16GiB", "total_bytes: .nan", ["memory.total_bytes"]),
+        ("total_bytes: 16GiB", "total_bytes: -8", ["memory.total_bytes", "-8 is not a positive amount", "8GiB"]),
+        ("total_bytes: 16GiB", "total_bytes: .nan", ["memory.total_bytes", "not a number", "8GiB"]),
+        ("total_bytes: 16GiB", "total_bytes: -.inf", ["memory.total_bytes", "cannot be infinite", "8GiB"]),
+        ("total_bytes: 16GiB", "total_bytes: 16Gb", ["memory.total_bytes", "means gigabits"]),
+        ("ttft_ms: 2s,", "ttft_ms: 2s, power_w: 20MW,", ["budgets.planner.power_w", "means megawatts"]),
+        ("ttft_ms: 2s,", "ttft_ms: 2s, power_w: 0MW,", ["budgets.planner.power_w", "means megawatts"]),
+        ("  memory.total_bytes: the", "  # the", ["no source for memory.total_bytes"]),
         ("bandwidth_bytes_per_s: 25.6GB/s", "bandwidth_bytes_per_s: 25.6GB", ["bandwidth_bytes_per_s", "GB/s"]),
-        ("bandwidth_bytes_per_s: 25.6GB/s", "bandwidth_bytes_per_s: 0", ["bandwidth_bytes_per_s", "> 0"]),
+        ("bandwidth_bytes_per_s: 25.6GB/s", "bandwidth_bytes_per_s: 0", ["bandwidth_bytes_per_s", "number above 0"]),
+        ("bandwidth_bytes_per_s: 25.6GB/s", "bandwidth_bytes_per_s: 25.6Gb/s", ["'Gb/s' means gigabits", "write GB/s"]),
         ("compute_flops_per_s: 120GFLOP/s", "compute_flops_per_s: 120TOPS", ["compute_flops_per_s", "TOPS", "gflop/s"]),
-        ("cores: 4", "cores: 4GiB", ["cpu.cores", "expected `int`"]),
-        ("cores: 4", "cores: 0", ["cpu.cores", ">= 1"]),
-        ("cores: 4", "cores: 100000", ["cpu.cores", "<= 512"]),
-        ("decode_efficiency: 0.55", "decode_efficiency: 1.5", ["llama.cpp-cpu.decode_efficiency", "<= 1"]),
-        ("decode_efficiency: 0.55", "decode_efficiency: .nan", ["llama.cpp-cpu.decode_efficiency", "cannot be"]),
+        ("cores: 4", "cores: 4GiB", ["cpu.cores", "Write a whole number"]),
+        ("cores: 4", "cores: 0", ["cpu.cores", "1 or more"]),
+        ("cores: 4", "cores: 100000", ["cpu.cores", "512 or less"]),
+        ("cores: 4", "cores: .inf", ["cpu.cores", "cannot be infinite"]),
+        ("decode_efficiency: 0.55", "decode_efficiency: 1.5", ["decode_efficiency", "such as 0.5 for 50 %"]),
+        ("decode_efficiency: 0.55", "decode_efficiency: 50%", ["llama.cpp-cpu.decode_efficiency", "such as 0.5 for"]),
+        ("decode_efficiency: 0.55", "decode_efficiency: 0", ["llama.cpp-cpu.decode_efficiency", "such as 0.5 for"]),
+        ("decode_efficiency: 0.55", "decode_efficiency: .nan", ["llama.cpp-cpu.decode_efficiency", "not a number"]),
         ("decode_efficiency: 0.55", "decode_efficiency: yes", ["llama.cpp-cpu.decode_efficiency"]),
         ("    runtime_bytes: 58MiB\n", "", ["runtime_bytes"]),
         ("itl_ms: 100ms", 'itl_ms: "0"', ["budgets.planner.itl_ms", "nothing can keep"]),
         ("ttft_ms: 2s,", "ttft_ms: 2s, tokens_per_s: .inf,", ["tokens_per_s"]),
         ("ttft_ms: 2s,", "ttft_ms: 2s, tokens_per_s: -1,", ["tokens_per_s"]),
-        ("arch: x86_64", "arch: banana", ["arch", "banana"]),
+        ("arch: x86_64", "arch: banana", ["arch", "'banana'", "Choose one of x86_64, aarch64, any"]),
         ("arch: x86_64", "arch: x86_64\nthreads: -4", ["threads"]),
         ("arch: x86_64", "arch: x86_64\nsoftware: {jetpack: a}", ["software"]),
         ("arch: x86_64", "arch: x86_64\nsoftware: [{cuda: 12.6}]", ["software", "cuda", "Put it in quotes"]),
+        ("unified: false", "unified: 'no'", ["memory.unified", "Write true or false"]),
         ("unified: false", "unified: 3", ["memory.unified"]),
         ("  memory.total_bytes: the", "  memory.total: the", ["memory.total", "Perhaps memory.total_bytes is meant"]),
         ("  memory.reserved_bytes: a", "  # a", ["no source for memory.reserved_bytes"]),
         ("  cpu: the least that laptops sold in 2024-2026 have", "  cpu: ' '", ["sources"]),
         ("  cpu: the least that laptops sold in 2024-2026 have", "  cpu: 5", ["sources"]),
         ("  cpu: the least that laptops sold in 2024-2026 have", "  1: a", ["sources"]),
-        ("provenance: datasheet", "provenance: hearsay", ["provenance", "hearsay"]),
+        (
+            "provenance: datasheet",
+            "provenance: hearsay",
+            ["provenance", "hearsay", "Choose one of datasheet, measured"],
+        ),
         ("provenance: datasheet", "provenance: measured", ["provenance"]),
         ("provenance: datasheet\n", "", ["lacks provenance"]),
         ("name: laptop-cpu", "name: Laptop CPU", ["name", "lower-case"]),
@@ -164,6 +180,10 @@ def _set(*path: str) -> Callable[[object], Callable[[dict[str, Any]], None]]:
     return with_value
 
 
+def _only_sources(raw: dict[str, Any]) -> None:
+    raw["sources"] = {key: "a test" for key in raw if key not in ("name", "sources") and raw[key] is not None}
+
+
 _MODE = ("power_modes", "15W")
 _CUDA = ("backends", "llama.cpp-cuda")
 
@@ -185,14 +205,24 @@ _CUDA = ("backends", "llama.cpp-cuda")
         (_set(*_MODE, "bandwidth_bytes_per_s")("300GB/s"), ["power_modes.15W.bandwidth_bytes_per_s"]),
         (_set(*_MODE, "measured_bandwidth_bytes_per_s")("70GB/s"), ["power_modes.15W.measured", "the mode's peak"]),
         (_set(*_MODE, "nvpmodel_id")(1), ["one nvpmodel_id"]),
-        (_set(*_MODE, "sms")("q"), ["power_modes.15W.sms", "expected `int"]),
+        (_set(*_MODE, "sms")("q"), ["power_modes.15W.sms", "Write a whole number"]),
         (_set("power_modes", "25w")({}), ["upper and lower case"]),
         (_set("power_mode")("30W"), ["power_mode is '30W'", "7W, 15W, 25W, MAXN_SUPER"]),
         (_set("power_mode")(None), ["which one its figures are for"]),
         (_set("gpu")(None), ["needs a GPU"]),
         (_set("gpu", "fp8_ops_per_s")("60TOPS"), ["8.7 has no fp8"]),
         (_set("gpu", "compute_capability")(8.7), ["gpu.compute_capability", "Put it in quotes"]),
-        (_set("gpu", "compute_capability")("sm_87"), ["gpu.compute_capability"]),
+        (_set("gpu", "compute_capability")("sm_87"), ["of another form", 'such as "8.7" for sm_87']),
+        (_set("gpu", "compute_capability")("11"), ["gpu.compute_capability", 'such as "8.7" for sm_87']),
+        (
+            _set(*_MODE, "sms")(4),
+            ["power_modes.15W.int8_ops_per_s is 20.1 TOPS", "4 SMs at 612 MHz", "10 TOPS", "null"],
+        ),
+        (_set(*_MODE, "gpu_clock_hz")("306MHz"), ["power_modes.15W.int8_ops_per_s", "8 SMs at 306 MHz"]),
+        (_set(*_MODE, "gpu_clock_hz")(None), ["power_modes.15W.int8_ops_per_s", "8 SMs at 1020 MHz"]),
+        (_set(*_MODE, "int8_ops_per_s")("20.6TOPS"), ["power_modes.15W.int8_ops_per_s"]),
+        (_set("gpu", "int8_ops_per_s")("66.8TOPS"), ["gpu.int8_ops_per_s", "8 SMs at 1020 MHz", "dense", "33.4"]),
+        (_set("gpu", "clock_hz")("100MHz"), ["gpu.int8_ops_per_s", "8 SMs at 100 MHz"]),
         (_set(*_CUDA, "precisions")(["fp16", "fp8"]), ["backends.llama.cpp-cuda", "8.7 has no fp8", "Remove fp8"]),
         (_set(*_CUDA, "precisions")(["fp12"]), ["precision 'fp12'"]),
         (_set(*_CUDA, "precisions")([]), ["no precisions"]),
@@ -209,12 +239,19 @@ _CUDA = ("backends", "llama.cpp-cuda")
     ],
 )
 def test_what_cannot_be_true_together_is_refused(change: Callable[[dict[str, Any]], None], words: list[str]) -> None:
-    def with_sources(raw: dict[str, Any]) -> None:
-        change(raw)
-        raw["sources"] = {key: "a test" for key in raw if key not in ("name", "sources") and raw[key] is not None}
-
-    message = refused(changed(_NANO, with_sources))
+    message = refused(changed(changed(_NANO, change), _only_sources))
     assert all(word in message for word in words), message
+
+
+def test_figures_of_a_gpu_that_are_not_known_are_not_judged() -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw["power_modes"]["15W"] |= {"sms": 4, "int8_ops_per_s": None}
+        raw["gpu"] |= {"compute_capability": "99.0", "int8_ops_per_s": "66TOPS"}
+        raw["power_modes"] = {"15W": raw["power_modes"]["15W"]}
+        raw["power_mode"] = "15W"
+
+    text = changed(changed(_NANO, change), _only_sources)
+    assert parse_profile(text, "mine.yaml").int8_ops_per_s == pytest.approx(66e12 * 4 / 8 * 612 / 1020)
 
 
 @pytest.mark.parametrize("key", [15, True, 1.5])
@@ -226,8 +263,14 @@ def test_names_of_power_modes_are_texts(key: object) -> None:
 
 def test_many_missing_sources_are_still_one_line() -> None:
     message = refused(changed(_NANO, lambda raw: raw.update(sources={})))
+    assert "no source" in message
     assert "cpu.cores" in message
     assert "more." in message
+
+
+def test_a_wrong_unit_is_told_before_a_missing_source() -> None:
+    text = "name: mine\nsummary: a robot\nextends: laptop-cpu\nmemory: {reserved_bytes: 3 bananas}\n"
+    assert "bananas" in refused(text)
 
 
 @pytest.mark.parametrize("text", ["- 1", "", "5", "null", "\x00", "a: &x 1\nb: *x"])
@@ -247,7 +290,7 @@ def test_sources_are_told_by_value() -> None:
 def test_quantities_name_their_path() -> None:
     with pytest.raises(UsageError, match=r"a\.b\.0\.c_bytes"):
         parse_fields({"a": {"b": [{"c_bytes": 5}]}})
-    with pytest.raises(UsageError, match=r"a\.b is inf"):
+    with pytest.raises(UsageError, match=r"a\.b cannot be infinite"):
         parse_fields({"a": {"b": float("inf")}})
 
 

@@ -22,6 +22,8 @@ arch: aarch64
 cpu: {{name: A78, cores: 6}}
 gpu: {{name: Ampere, compute_capability: "8.7", sms: 8, int8_ops_per_s: 40TOPS}}
 memory: {{total_bytes: 8GB, visible_bytes: 8GB, reserved_bytes: 1GB, unified: true, bandwidth_bytes_per_s: 100GB/s}}
+power_modes: {{15W: {{power_w: 15W}}}}
+power_mode: 15W
 backends:
   llama.cpp-cuda:
     precisions: [fp16]
@@ -29,7 +31,7 @@ backends:
     compute_efficiency: 0.4
     runtime_bytes: 96MiB
 provenance: datasheet
-sources: {{cpu: x, gpu: x, memory: x, backends: x}}
+sources: {{cpu: x, gpu: x, memory: x, power_modes: x, backends: x}}
 """
 FIGURES = """
 models:
@@ -87,7 +89,7 @@ def test_a_prediction_from_the_config_alone(repo: Path, tmp_path: Path) -> None:
 def test_a_target_beyond_the_limit_is_exit_code_3(repo: Path, tmp_path: Path, factor: float) -> None:
     done = run(repo, "--figures", write(tmp_path, published=50e9 / READ / factor))
     assert done.returncode == 3
-    assert "1 beyond 25%" in done.stdout
+    assert "1 targets, 1 of them missed" in done.stdout
 
 
 def test_a_target_that_cannot_be_predicted_is_missed(repo: Path, tmp_path: Path) -> None:
@@ -102,6 +104,10 @@ def test_a_target_that_cannot_be_predicted_is_missed(repo: Path, tmp_path: Path)
         ("{{small: {published}}}", "{{large: {published}}}", "names large"),
         ("target: true", "goal: true", "unknown field `goal`"),
         ("weights: fp16", "weights: q9_9", "q9_9"),
+        ("context_tokens: 100", "context_tokens: -100", "context_tokens"),
+        ("{{small: {published}}}", "{{small: 0}}", "tokens_per_s"),
+        ("{{small: {published}}}", "{{small: .nan}}", "tokens_per_s"),
+        ("target: true", "power_mode_assumed: true", "assumes a power mode"),
         ("hidden_size: 256, ", "", "has no hidden_size"),
     ],
 )
@@ -111,6 +117,102 @@ def test_mistakes_in_the_file_are_one_line(repo: Path, tmp_path: Path, old: str,
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
     assert cause in done.stderr
+
+
+def test_what_the_source_says_beside_a_figure_is_printed(repo: Path, tmp_path: Path) -> None:
+    """An assumed power mode is marked, notes stand under the table, and the last line counts all that is far off."""
+    text = FIGURES.replace("target: true,", "note: at night, power_mode: 15W, power_mode_assumed: true,", 1)
+    path = write(tmp_path, published=50e9 / READ / 1.3, text=text)
+    done = run(repo, "--figures", path, "--json", tmp_path / "out.json")
+    assert done.returncode == 0
+    first = done.stdout.splitlines()[2]
+    assert "15W*" in first
+    assert first.endswith("| 1    |")
+    assert "- note 1: at night\n" in done.stdout
+    assert "does not state the power mode (1 figures)" in done.stdout
+    assert done.stdout.endswith("3 figures, 2 of them beyond 25%; 0 targets, 0 of them missed\n")
+    row = json.loads((tmp_path / "out.json").read_text())[0]
+    assert (row["power_mode_assumed"], row["note"]) == (True, "at night")
+
+
+FITTED = """
+models:
+  wide: {{source: made up, config: {{architectures: [LlamaForCausalLM], hidden_size: 1024, intermediate_size: 4096,
+    num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 1000}}}}
+  deep: {{source: made up, config: {{architectures: [LlamaForCausalLM], hidden_size: 256, intermediate_size: 512,
+    num_hidden_layers: 40, num_attention_heads: 4, vocab_size: 1000}}}}
+sources: {{paper: a paper}}
+tables:
+  - {{device: {device}, backend: llama.cpp-cuda, engine: E, weights: fp16, source: paper,
+      tokens_per_s: {{wide: {wide}, deep: {deep}}}}}
+  - {{device: {device}, backend: llama.cpp-cuda, engine: E, weights: fp16, source: paper, target: true,
+      tokens_per_s: {{deep: {target}}}}}
+fits:
+  those of E: [{{engine: {engine}, device: {device}}}]
+alternatives: {{fp16: [q8_0]}}
+"""
+
+
+def fitted_figures(folder: Path, *, engine: str) -> Path:
+    """Figures of 0.8 of 100 GB/s and 0.05 ms a layer; what the target should be is 1.2 times as fast as published."""
+    (folder / "board.yaml").write_text(BOARD.format(efficiency=0.5))
+    speeds = {}
+    for name, (width, inner, layers) in {"wide": (1024, 4096, 2), "deep": (256, 512, 40)}.items():
+        matrices = layers * (4 * width**2 + 3 * width * inner) + 1000 * width
+        read = 2 * (matrices + (2 * layers + 1) * width)
+        speeds[name] = 1 / (read / 80e9 + layers * 0.05e-3)
+    path = folder / "fitted.yaml"
+    device = folder / "board.yaml"
+    path.write_text(FITTED.format(device=device, engine=engine, target=speeds["deep"] / 1.2, **speeds))
+    return path
+
+
+def test_a_fit_finds_the_constants_that_made_the_figures(repo: Path, tmp_path: Path) -> None:
+    done = run(repo, "--figures", fitted_figures(tmp_path, engine="E"), "--fit")
+    assert (done.returncode, done.stderr) == (3, "")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("| those of E"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["2", "0.80", "0.050"]
+    assert cells[5] == "+20%"
+    assert [cell.replace("-", "+") for cell in cells[4].split(" to ")] == ["+0%", "+0%"]
+    others = [line for line in done.stdout.splitlines() if line.startswith(("| fp16 ", "| q8_0 "))]
+    assert [line.split("|")[1].strip() for line in others] == ["fp16", "q8_0"]
+
+
+def test_a_fit_on_nothing_is_one_line(repo: Path, tmp_path: Path) -> None:
+    done = run(repo, "--figures", fitted_figures(tmp_path, engine="another"), "--fit")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "0 figures of 'those of E'" in done.stderr
+
+
+def test_files_that_cannot_be_read_or_written_are_one_line(repo: Path, tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"models: \xff\xfe")
+    path = write(tmp_path, published=50e9 / READ)
+    for arguments, words in (
+        (("--figures", binary), "not UTF-8"),
+        (("--figures", tmp_path / "nowhere.yaml"), "No such file"),
+        (("--figures", path, "--json", tmp_path / "nowhere" / "out.json"), "its folder is not there"),
+        (("--figures", path, "--json", tmp_path), "exists"),
+    ):
+        done = run(repo, *arguments)
+        assert done.returncode in (1, 2)
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+
+
+def test_the_page_holds_what_the_script_prints(repo: Path) -> None:
+    """docs/published.md: print it anew with --fit after a change of profiles or figures."""
+    done = run(repo, "--fit")
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+    page = set((repo / "docs" / "published.md").read_text(encoding="utf-8").splitlines())
+    assert [line for line in done.stdout.splitlines() if line not in page] == []
+    printed = set(done.stdout.splitlines())
+    rows = [line for line in page if line.startswith(("| jetson", "| raspberry"))]
+    assert [line for line in rows if line not in printed] == []
 
 
 def test_every_model_has_its_published_number_of_parameters(figures: Any) -> None:
