@@ -26,8 +26,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from edgeq.converters.onnx.graph import read_onnx
-from edgeq.errors import EdgeqError
+from edgeq.errors import EdgeqError, ProfileError
 from edgeq.profiles.onnx.cost import OnnxFigures, OnnxPrediction, predict_onnx
 from edgeq.profiles.onnx.measure import measure_onnx
 from edgeq.types import from_json, to_json
@@ -135,6 +137,20 @@ def _export_torch(path: Path) -> None:
         program.save(path)
 
 
+def read_figures(path: Path) -> OnnxFigures:
+    """Figures of an earlier probe.
+
+    Raises:
+        ProfileError: the file cannot be read, or holds something else.
+    """
+    try:
+        return from_json(path.read_bytes(), OnnxFigures)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ProfileError(
+            f"{path} holds no figures of ONNX Runtime: {error}", "Name a file that is not there, to probe again"
+        ) from error
+
+
 def measure(path: Path, dims: Mapping[str, int], threads: int, seconds: float) -> tuple[int, float]:
     """Peak bytes and median milliseconds of a process that serves the model."""
     numbers = [str(n) for n in (dims["batch"], dims["sequence"], threads, seconds)]
@@ -207,7 +223,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.figures is not None and arguments.figures.exists():
-            figures = from_json(arguments.figures.read_bytes(), OnnxFigures)
+            figures = read_figures(arguments.figures)
         else:
             figures = measure_onnx(arguments.threads)
             if arguments.figures is not None:

@@ -13,12 +13,18 @@ from collections.abc import Callable, Mapping, Sequence, Set
 
 from edgeq.profiles.onnx.memory import GraphNode
 
-__all__ = ["Facts", "fuse"]
+__all__ = ["Facts", "Made", "fuse"]
 
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
 _INTEGER_PRODUCTS = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 # Kernels of convolutions and Gemm apply these themselves.
 _ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
+# TensorProto.DataType, and bits of the weights that MatMulNBits takes.
+_UINT8, _INT8 = 2, 3
+_BYTES = (_UINT8, _INT8)
+_BITS = {_UINT8: 8, _INT8: 8, 21: 4, 22: 4, 25: 2, 26: 2}
+_UNSIGNED = (_UINT8, 21, 25)
+_PLAIN_BLOCK, _SMALLEST_BLOCK = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +36,14 @@ class Facts:
         known: shapes as the session knows them beforehand; names and None stand for axes of any size.
         constants: names of weights, and of values that follow from weights alone.
         outputs: of the graph; a value that leaves the graph cannot be fused away.
+        types: element types, ``TensorProto.DataType``.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     known: Mapping[str, tuple[int | str | None, ...] | None]
     constants: Set[str]
     outputs: frozenset[str]
+    types: Mapping[str, int]
 
     def is_scalar(self, name: str) -> bool:
         """Whether a name is one constant number."""
@@ -60,12 +68,21 @@ class Facts:
         return name in self.constants and len(self.shapes.get(name, ())) == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A weight that a fusion writes while the model is loaded: its element type and shape."""
+
+    element_type: int
+    dims: tuple[int, ...]
+
+
 class _Graph:
     """The nodes as they are now, with who makes and who reads each value."""
 
     def __init__(self, ops: Sequence[GraphNode], facts: Facts) -> None:
         self.ops: dict[int, GraphNode] = dict(enumerate(ops))
         self.facts = facts
+        self.made: dict[str, Made] = {}
         self.maker = {name: index for index, op in self.ops.items() for name in op.outputs if name}
         self.readers = Counter(name for op in ops for name in op.inputs)
         self.readers.update(facts.outputs)
@@ -104,12 +121,15 @@ class _Graph:
 _Rule = Callable[[_Graph, int, GraphNode], bool]
 
 
-def fuse(ops: Sequence[GraphNode], facts: Facts) -> tuple[GraphNode, ...]:
+def fuse(ops: Sequence[GraphNode], facts: Facts) -> tuple[tuple[GraphNode, ...], dict[str, Made]]:
     """The operators that ONNX Runtime runs instead of these.
 
     Args:
         ops: in topological order.
         facts: see `Facts`.
+
+    Returns:
+        The operators in topological order, and weights that they read and the file does not hold.
     """
     graph = _Graph(ops, facts)
     for rules in _STAGES:
@@ -119,7 +139,7 @@ def fuse(ops: Sequence[GraphNode], facts: Facts) -> tuple[GraphNode, ...]:
             for index in sorted(graph.ops):
                 op = graph.ops.get(index)
                 changed |= op is not None and any(rule(graph, index, op) for rule in rules)
-    return tuple(graph.ops[index] for index in sorted(graph.ops))
+    return tuple(graph.ops[index] for index in sorted(graph.ops)), graph.made
 
 
 def _other(op: GraphNode, name: str) -> str:
@@ -143,9 +163,15 @@ def _integer_product(graph: _Graph, index: int, op: GraphNode) -> bool:
     product = graph.made_by(scale, "Mul")
     if product is None:
         return False
-    inputs = (*op.inputs[:2], *product[1].inputs, *op.inputs[2:])
+    (a, b, *points), (a_scale, b_scale) = op.inputs, product[1].inputs
+    inputs = _quantized_inputs((a, a_scale, *points[:1]), (b, b_scale, *points[1:]))
     graph.replace([index, cast[0], scaled[0], product[0]], _merged(op, scaled[1], "MatMulIntegerToFloat", inputs))
     return True
+
+
+def _quantized_inputs(left: Sequence[str], right: Sequence[str]) -> tuple[str, ...]:
+    """Of a product of integers: each factor with its scale and its zero point, which may be left out."""
+    return (*left, *[""] * (3 - len(left)), *right, *[""] * (3 - len(right)))
 
 
 def _quantized_product(graph: _Graph, index: int, op: GraphNode) -> bool:
@@ -156,6 +182,8 @@ def _quantized_product(graph: _Graph, index: int, op: GraphNode) -> bool:
     right = _maker(graph, op.inputs[1], "DequantizeLinear")
     if left is None or right is None:
         return False
+    if any(graph.facts.types.get(factor[1].inputs[0], _INT8) not in _BYTES for factor in (left, right)):
+        return False
     quantize = graph.next_of(op, "QuantizeLinear")
     if quantize is None and op.op_type == "Conv":
         return False
@@ -163,17 +191,63 @@ def _quantized_product(graph: _Graph, index: int, op: GraphNode) -> bool:
     for name, found in ((op.inputs[0], left), (op.inputs[1], right)):
         if graph.readers[name] == 1:
             gone.append(found[0])
-    inputs = [*left[1].inputs, *right[1].inputs]
+    inputs = [*_quantized_inputs(left[1].inputs, right[1].inputs)]
     last = op
     if quantize is not None:
         gone.append(quantize[0])
-        inputs += quantize[1].inputs[1:]
+        inputs += [*quantize[1].inputs[1:], *[""] * (3 - len(quantize[1].inputs))]
         last = quantize[1]
     name = {"Conv": "QLinearConv", "Gemm": "QGemm"}.get(
         op.op_type, "QLinearMatMul" if quantize else "MatMulIntegerToFloat"
     )
-    graph.replace(sorted(gone), dataclasses.replace(_merged(op, last, name, inputs), kind="int8"))
+    fused = dataclasses.replace(_merged(op, last, name, inputs), kind="int8")
+    if name == "QLinearConv":
+        x, w, y = (graph.facts.shapes[n] for n in (left[1].inputs[0], right[1].inputs[0], last.outputs[0]))
+        # Images with their channels last, and a pointer to each pixel under each place of the window.
+        pointers = 8 * math.prod(w[2:]) * math.prod(y[2:])
+        fused = dataclasses.replace(fused, late_scratch=(math.prod(x), math.prod(y), pointers))
+    graph.replace(sorted(gone), fused)
     return True
+
+
+def _weight_only_product(graph: _Graph, index: int, op: GraphNode) -> bool:
+    """A product with a weight of few bits, dequantized by itself: MatMulNBits, which reads a copy in its own order."""
+    if op.op_type != "MatMul":
+        return False
+    found = _maker(graph, op.inputs[1], "DequantizeLinear")
+    if found is None:
+        return False
+    weight, scale, *points = found[1].inputs
+    bits = _BITS.get(graph.facts.types.get(weight, 0))
+    if bits is None or not graph.facts.is_matrix(weight) or scale not in graph.facts.constants:
+        return False
+    rows, columns = graph.facts.shapes[weight]
+    block = _block_rows((rows, columns), graph.facts.shapes[scale])
+    if not block:
+        return False
+    blocks = -(-rows // block)
+    names = [f"{weight} in blocks", f"{scale} in blocks"]
+    graph.made[names[0]] = Made(_UINT8, (columns, blocks, block * bits // 8))
+    graph.made[names[1]] = Made(graph.facts.types[scale], (columns * blocks,))
+    if points or graph.facts.types[weight] in _UNSIGNED:
+        names.append(f"{weight} zero points in blocks")
+        graph.made[names[2]] = Made(_UINT8, (columns * -(-blocks * bits // 8),))
+    gone = [found[0], index] if graph.readers[op.inputs[1]] == 1 else [index]
+    made = _merged(op, op, "MatMulNBits", (op.inputs[0], *names))
+    made = dataclasses.replace(made, product="matmul", rows=max(math.prod(graph.facts.shapes[op.outputs[0]][:-1]), 1))
+    graph.replace(gone, made)
+    return True
+
+
+def _block_rows(weight: tuple[int, int], scale: tuple[int, ...]) -> int:
+    """Rows that share a scale; 0 if ONNX Runtime does not fuse them. It splits larger blocks into 32 rows."""
+    rows, columns = weight
+    if math.prod(scale) == 1 or scale == (columns,):
+        return _PLAIN_BLOCK
+    if len(scale) != 2 or scale[1] != columns or not scale[0] or rows % scale[0]:
+        return 0
+    block = rows // scale[0]
+    return block if block >= _SMALLEST_BLOCK and block & (block - 1) == 0 else 0
 
 
 def _maker(graph: _Graph, name: str, op_type: str) -> tuple[int, GraphNode] | None:
@@ -205,7 +279,8 @@ def _dynamic_product(graph: _Graph, index: int, op: GraphNode) -> bool:
     quantize = graph.ops[maker]
     if any(graph.readers[name] != 1 for name in quantize.outputs):
         return False
-    rest = (name for name in op.inputs[1:] if name not in quantize.outputs)
+    weight = op.inputs[3]
+    rest = (weight, *(name for name in op.inputs[1:] if name not in (*quantize.outputs, weight)))
     elements = math.prod(graph.facts.shapes[quantize.inputs[0]])
     fused = _merged(op, op, "DynamicQuantizeMatMul", (quantize.inputs[0], *rest))
     graph.replace([maker, index], dataclasses.replace(fused, scratch=(elements,)))
@@ -264,6 +339,15 @@ def _erf_gelu(graph: _Graph, index: int, op: GraphNode) -> bool:
     return True
 
 
+def _quick_gelu(graph: _Graph, index: int, op: GraphNode) -> bool:
+    """SiLU: x * sigmoid(x)."""
+    times = graph.next_of(op, "Mul") if op.op_type == "Sigmoid" else None
+    if times is None or _other(times[1], op.outputs[0]) != op.inputs[0]:
+        return False
+    graph.replace([index, times[0]], _merged(op, times[1], "QuickGelu", op.inputs))
+    return True
+
+
 def _bias_gelu(graph: _Graph, index: int, op: GraphNode) -> bool:
     if op.op_type != "Gelu":
         return False
@@ -299,11 +383,11 @@ def _skip_norm(graph: _Graph, index: int, op: GraphNode) -> bool:
 
 def _after_convolution(graph: _Graph, index: int, op: GraphNode) -> bool:
     """Normalization that folds into the weights, and activations that the kernel applies."""
-    if op.op_type not in ("Conv", "Gemm", "QLinearConv"):
+    if op.op_type not in ("Conv", "Gemm"):
         return False
     kinds = ("BatchNormalization",) if op.op_type == "Conv" else ()
     after = graph.next_of(op, *kinds, *_ACTIVATIONS)
-    if after is None or (op.op_type == "QLinearConv"):
+    if after is None:
         return False
     graph.replace([index, after[0]], _merged(op, after[1], op.op_type, op.inputs))
     return True
@@ -311,7 +395,7 @@ def _after_convolution(graph: _Graph, index: int, op: GraphNode) -> bool:
 
 # Later stages see what earlier ones made: a bias goes to an integer product before a norm can take it.
 _STAGES: tuple[tuple[_Rule, ...], ...] = (
-    (_integer_product, _quantized_product, _erf_gelu),
+    (_integer_product, _quantized_product, _weight_only_product, _erf_gelu, _quick_gelu),
     (_product_bias, _scaled_product, _after_convolution),
     (_dynamic_product, _bias_gelu, _skip_norm),
 )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeq.converters.onnx.checks import check_skeleton
+from edgeq.converters.onnx.functions import expanded, half_functions, inlined
 from edgeq.converters.onnx.fusion import Facts, fuse
-from edgeq.converters.onnx.infer import Inferred, bind_inputs, folded_by, infer_graph, input_axes
+from edgeq.converters.onnx.infer import Inferred, Tensor, bind_inputs, folded_by, infer_graph, input_axes
+from edgeq.converters.onnx.layout import Blocked, block_channels
 from edgeq.converters.onnx.ops import make_node
+from edgeq.converters.onnx.precision import FLOAT, widen
 from edgeq.converters.onnx.skeleton import Skeleton, element_bits, read_skeleton
-from edgeq.errors import require_package
+from edgeq.errors import EdgeqError, SourceError, require_package
 from edgeq.profiles.onnx.cost import Form, OnnxShape, Parameter
 from edgeq.profiles.onnx.memory import GraphNode, GraphValue, execution_order
 
@@ -25,7 +31,9 @@ _PACKING = {
     "FusedMatMul": 1,
     "Gemm": 1,
     "MatMulInteger": 1,
-    "MatMulIntegerToFloat": 1,
+    "MatMulIntegerToFloat": 3,
+    "MatMulNBits": 1,
+    "ConvTranspose": 1,
     "DynamicQuantizeMatMul": 1,
     "QLinearMatMul": 3,
     "QGemm": 3,
@@ -40,7 +48,11 @@ def dynamic_axes(path: Path) -> dict[str, tuple[int | str | None, ...]]:
         MissingPackageError: the package onnx is not installed.
         SourceError: see `read_onnx`.
     """
-    return input_axes(read_skeleton(path).model)
+    require_package("onnx", "onnx", "to read ONNX models")
+    with _one_line(path):
+        skeleton = read_skeleton(path)
+        check_skeleton(skeleton, path.name)
+        return input_axes(skeleton.model)
 
 
 def read_onnx(path: Path, dims: Mapping[str, int], *, fixed: bool = False) -> OnnxShape:
@@ -53,42 +65,112 @@ def read_onnx(path: Path, dims: Mapping[str, int], *, fixed: bool = False) -> On
 
     Raises:
         MissingPackageError: the package onnx is not installed.
-        SourceError: no ONNX file, cut off, external data that is missing, or a shape that cannot be inferred.
-        UnsupportedModelError: control flow, or operators that are not of the standard.
+        SourceError: no ONNX file, cut off, one that contradicts itself, external data that is missing, or a shape that
+            cannot be inferred.
+        UnsupportedModelError: control flow, arithmetic in BFLOAT16, sparse weights, an opset that onnx does not know,
+            or operators whose cost is not known.
         UsageError: an axis that has no size, or one that the model does not have.
     """
     require_package("onnx", "onnx", "to read ONNX models")
-    skeleton = read_skeleton(path)
-    model = _inlined(skeleton.model)
+    with _one_line(path):
+        skeleton = read_skeleton(path)
+        check_skeleton(skeleton, path.name)
+        return _shape(skeleton, expanded(inlined(skeleton.model, path.name)), dims, fixed or not dims)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Of files that contradict themselves in ways that no check foresees, say so in one line."""
+    try:
+        yield
+    except EdgeqError:
+        raise
+    except Exception as error:  # onnx and protobuf raise many kinds, of no common base
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__
+        raise SourceError(
+            f"{path.name} is no sound ONNX model ({type(error).__name__}: {reason[:200]})", "Export the model again"
+        ) from error
+
+
+def _shape(skeleton: Skeleton, model: onnx.ModelProto, dims: Mapping[str, int], fixed: bool) -> OnnxShape:
     bound = bind_inputs(model, dims)
-    sizes = infer_graph(model, bound, complete=True)
-    fixed = fixed or not dims
+    model, sizes = _inferred(model, bound)
     named = sizes if fixed else infer_graph(model, input_axes(model), complete=False)
     outputs = tuple(value.name for value in model.graph.output)
+    _check_outputs(outputs, sizes)
     # A session that knows all sizes computes at once whatever follows from them.
     folded = folded_by(model, sizes.constants if fixed else ())
     ops = [make_node(node, sizes, folded) for node in model.graph.node if not _is_gone(node, folded, outputs)]
-    shapes = {name: tuple(a for a in t.shape or () if isinstance(a, int)) for name, t in sizes.tensors.items()}
-    known = {name: tensor.shape for name, tensor in named.tensors.items()}
-    nodes = fuse(ops, Facts(shapes, known, folded, frozenset(outputs)))
-    order = execution_order(nodes, outputs)
+
+    types = {name: tensor.element_type for name, tensor in sizes.tensors.items()}
+    ops, wide = widen(ops, types, folded, outputs)
+    sizes, named = (_with_floats(inferred, wide) for inferred in (sizes, named))
+    folded |= {name for name, half in wide.items() if half in folded}
+
+    facts = _facts(sizes, named, folded, outputs)
+    fused, made = fuse(ops, facts)
+    more = {name: Tensor(weight.element_type, weight.dims) for name, weight in made.items()}
+    sizes = dataclasses.replace(sizes, tensors={**sizes.tensors, **more})
+    folded |= made.keys()
+
+    floats = frozenset(name for name, tensor in sizes.tensors.items() if tensor.element_type == FLOAT)
+    laid_out, blocked = block_channels(fused, facts, floats)
+    sizes, named = _with_blocks(sizes, blocked), _with_blocks(named, blocked)
+    order = execution_order(laid_out, outputs)
     return OnnxShape(
         file_bytes=skeleton.file_bytes,
         parameters=_parameters(skeleton, order, sizes, folded),
         values={name: _value(name, sizes, named) for node in order for name in node.outputs if name},
         nodes=order,
+        input_bytes=sum(_bytes(name, sizes) for name in bound),
         outputs=outputs,
         output_bytes=sum(_bytes(name, sizes) for name in outputs),
         entries=len(model.graph.node) + len(model.graph.initializer),
     )
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not model.functions:
-        return model
-    from onnx import inliner
+def _inferred(model: onnx.ModelProto, bound: Mapping[str, tuple[int, ...]]) -> tuple[onnx.ModelProto, Inferred]:
+    """The model with all sizes; what ONNX Runtime has no kernel for in half precision is expanded."""
+    sizes = infer_graph(model, bound, complete=True)
+    functions = half_functions(model, sizes)
+    if not functions:
+        return model, sizes
+    model = expanded(model, functions)
+    return model, infer_graph(model, bound, complete=True)
 
-    return inliner.inline_local_functions(model)
+
+def _check_outputs(outputs: Sequence[str], sizes: Inferred) -> None:
+    for name in outputs:
+        if name not in sizes.tensors:
+            raise SourceError(f"The output {name!r} is made by no node of the graph", "Export the model again")
+
+
+def _facts(sizes: Inferred, named: Inferred, folded: frozenset[str], outputs: Sequence[str]) -> Facts:
+    return Facts(
+        shapes={name: tuple(a for a in t.shape or () if isinstance(a, int)) for name, t in sizes.tensors.items()},
+        known={name: tensor.shape for name, tensor in named.tensors.items()},
+        constants=folded,
+        outputs=frozenset(outputs),
+        types={name: tensor.element_type for name, tensor in sizes.tensors.items()},
+    )
+
+
+def _with_floats(inferred: Inferred, wide: Mapping[str, str]) -> Inferred:
+    """With the FP32 copies of halves."""
+    more = {n: Tensor(FLOAT, inferred.tensors[half].shape) for n, half in wide.items() if half in inferred.tensors}
+    return dataclasses.replace(inferred, tensors={**inferred.tensors, **more})
+
+
+def _with_blocks(inferred: Inferred, blocked: Mapping[str, Blocked]) -> Inferred:
+    """With the values in blocks of channels; only the number of channels differs from the plain ones."""
+    more = {}
+    for name, value in blocked.items():
+        shape = inferred.tensors[value.source].shape if value.source in inferred.tensors else None
+        if shape is not None:
+            shape = (shape[0], value.shape[1], *shape[2:])
+        more[name] = Tensor(FLOAT, shape)
+    return dataclasses.replace(inferred, tensors={**inferred.tensors, **more})
 
 
 def _is_gone(node: onnx.NodeProto, folded: frozenset[str], outputs: Sequence[str]) -> bool:
@@ -124,7 +206,7 @@ def _parameters(
         place = _PACKING.get(node.op_type)
         if place is not None and len(node.inputs) > place:
             forms[node.inputs[place]] = "packed"
-        elif node.op_type == "Conv":
+        elif node.op_type == "Conv" and node.inputs[1] in folded:
             forms[node.inputs[1]] = "reordered"
     own = {weight.name for weight in skeleton.weights}
     written = {name for node in skeleton.model.graph.node if node.op_type == "Constant" for name in node.output}

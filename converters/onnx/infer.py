@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.converters.onnx.contrib import runtime_types
 from edgeq.errors import SourceError, UnsupportedModelError, UsageError, require_package
 from edgeq.registry import nearest
 
@@ -78,13 +79,13 @@ _EVALUATED = frozenset(
     ]
 )
 _STANDARD = ("", "ai.onnx")  # names of the domain of ONNX's own operators
-# Operators of ONNX Runtime that files from its own tools hold: the output has the shape of the first input.
-_LIKE_INPUT = frozenset(
-    {"BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
-)
+# Heavy, and of a cost that no kernel of the probe resembles.
+_UNCOUNTED = frozenset({"CausalConvWithState", "DFT", "Det", "LinearAttention", "STFT"})
 # Nodes that are run at every call although all that they read is constant.
 _NOT_FOLDED = frozenset({"DequantizeLinear", "RandomNormal", "RandomUniform"})
-_PRODUCTS = {"FusedMatMul": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1}
+# onnx infers no shape: it knows them by their functions alone.
+_SAME_SHAPE = frozenset({"GroupNormalization"})
+_LARGEST_AXIS = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +103,12 @@ class Inferred:
     Attributes:
         tensors: every value and initializer.
         constants: small values that were evaluated: they do not depend on what is fed in, at these shapes.
+        opset: of ONNX's own operators.
     """
 
     tensors: Mapping[str, Tensor]
     constants: Mapping[str, NDArray[np.generic]]
+    opset: int
 
 
 def input_axes(model: onnx.ModelProto) -> dict[str, tuple[Axis, ...]]:
@@ -149,8 +152,10 @@ def bind_inputs(model: onnx.ModelProto, dims: Mapping[str, int]) -> dict[str, tu
             close = nearest(name, list(known)) or list(known)
             choice = f"Bind {', '.join(close)}" if close else "This model's shapes are fixed: bind no axis"
             raise UsageError(f"The model has no dynamic axis {name!r}", choice)
-        if size < 1:
-            raise UsageError(f"The axis {name} cannot have the size {size}", "Give a size of 1 or more")
+        if not isinstance(size, int) or not 1 <= size <= _LARGEST_AXIS:
+            raise UsageError(
+                f"The axis {name} cannot have the size {size!r}", "Give a whole size of 1 or more, below 2**40"
+            )
     missing = [name for name in known if name not in dims]
     if missing:
         raise UsageError(
@@ -185,7 +190,8 @@ def folded_by(model: onnx.ModelProto, constants: Iterable[str]) -> frozenset[str
     """
     folded = {tensor.name for tensor in model.graph.initializer} | set(constants)
     for node in model.graph.node:
-        if node.op_type not in _NOT_FOLDED and all(name in folded for name in node.input if name):
+        read = node.input[:1] if node.op_type == "CastLike" else node.input
+        if node.op_type not in _NOT_FOLDED and all(name in folded for name in read if name):
             folded.update(name for name in node.output if name)
     return frozenset(folded)
 
@@ -197,6 +203,7 @@ class _Walk:
         self.model = model
         self.complete = complete
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
+        self.opset = self.opsets.get("", self.opsets.get("ai.onnx", 1))
         self.types: dict[str, onnx.TypeProto] = {}
         self.constants: dict[str, NDArray[np.generic]] = {}
         self.said = {value.name: value.type for value in model.graph.value_info}
@@ -215,7 +222,7 @@ class _Walk:
         for node in self.model.graph.node:
             self._node(node)
         tensors = {n: Tensor(t.tensor_type.elem_type, _axes(t)) for n, t in self.types.items()}
-        return Inferred(tensors, self.constants)
+        return Inferred(tensors, self.constants, self.opset)
 
     def _node(self, node: onnx.NodeProto) -> None:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
@@ -233,10 +240,17 @@ class _Walk:
         import onnx
         from onnx import defs, numpy_helper, shape_inference
 
+        if node.op_type in _UNCOUNTED:
+            raise UnsupportedModelError(
+                f"What the operator {node.op_type} (node {node.name!r}) costs is not known",
+                "Compute it outside the model",
+            )
+        if node.op_type in _SAME_SHAPE and node.input and node.input[0] in self.types and node.output:
+            return {node.output[0]: self.types[node.input[0]]}
         if node.domain not in _STANDARD:
-            return self._runtime_operator(node)
+            return runtime_types(node, self.types, self.said)
         try:
-            schema = defs.get_schema(node.op_type, self.opsets.get("", self.opsets.get("ai.onnx", 1)))
+            schema = defs.get_schema(node.op_type, self.opset)
             types = {name: self.types[name] for name in node.input if name}
             data = {
                 name: numpy_helper.from_array(self.constants[name], name)
@@ -270,32 +284,15 @@ class _Walk:
             return inferred
         for name, proto in inferred.items():
             shape, said = _axes(proto), _axes(self.said[name]) if name in self.said else None
+            if said is not None and shape is not None and len(said) != len(shape):
+                raise SourceError(
+                    f"The file says that {name!r} has {len(said)} axes, but it has {len(shape)}",
+                    "Export the model again",
+                )
             if said is not None and (shape is None or None in shape):
                 merged = said if shape is None else [s if a is None else a for a, s in zip(shape, said, strict=True)]
                 inferred[name] = helper.make_tensor_type_proto(proto.tensor_type.elem_type, merged)
         return inferred
-
-    def _runtime_operator(self, node: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
-        """The few operators of ONNX Runtime's own domain, or what the file says."""
-        from onnx import helper
-
-        first = self.types.get(node.input[0]) if node.input else None
-        shape = _axes(first) if first is not None else None
-        float_type = 1
-        if first is not None and shape is not None:
-            if node.op_type in _LIKE_INPUT:
-                return {name: first for name in node.output if name}
-            if node.op_type in _PRODUCTS and (other := _axes(self.types[node.input[_PRODUCTS[node.op_type]]])):
-                batch = shape[:-2] if len(shape) >= len(other) else other[:-2]
-                full = [*batch, *shape[-2:-1], other[-1]]
-                return {node.output[0]: helper.make_tensor_type_proto(float_type, full)}
-        said = {name: self.said[name] for name in node.output if name in self.said}
-        if len(said) == sum(1 for name in node.output if name):
-            return said
-        raise UnsupportedModelError(
-            f"The operator {node.domain}.{node.op_type} is none of the ONNX standard",
-            "Export the model with standard operators; ONNX Runtime fuses them itself when it loads",
-        )
 
     def _check(self, node: onnx.NodeProto) -> None:
         for name in node.output:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgeq.converters.onnx.infer import Inferred
-from edgeq.converters.onnx.skeleton import element_bits
-from edgeq.profiles.onnx.memory import GraphNode, Kind, ProductKernel
+from edgeq.converters.onnx.scratch import GATES, early_scratch, integer, late_scratch
+from edgeq.profiles.onnx.memory import GraphNode, ProductKernel
 
 if TYPE_CHECKING:
     import onnx
@@ -31,12 +29,12 @@ _INT8_PRODUCTS = frozenset(
         "QLinearMatMul",
     }
 )
-_HALF_TYPES = (10, 16)  # FLOAT16, BFLOAT16
 # Where the second factor stands among the inputs.
 _FACTOR = {
     "Conv": 1,
     "ConvInteger": 1,
     "ConvTranspose": 1,
+    "DeformConv": 1,
     "DynamicQuantizeMatMul": 1,
     "FusedMatMul": 1,
     "Gemm": 1,
@@ -47,7 +45,7 @@ _FACTOR = {
     "QLinearConv": 3,
     "QLinearMatMul": 3,
 }
-_MATMULS = _FACTOR.keys() - {"Conv", "ConvInteger", "ConvTranspose", "Gemm", "QGemm", "QLinearConv"}
+_MATMULS = _FACTOR.keys() - {"Conv", "ConvInteger", "ConvTranspose", "DeformConv", "Gemm", "QGemm", "QLinearConv"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,58 +71,41 @@ def make_node(node: onnx.NodeProto, inferred: Inferred, constants: frozenset[str
         if name in inferred.tensors
     }
     product = _product(node, shapes, constants)
-    kind: Kind = "fp32"
-    if node.op_type in _INT8_PRODUCTS:
-        kind = "int8"
-    elif node.output[0] in inferred.tensors and inferred.tensors[node.output[0]].element_type in _HALF_TYPES:
-        kind = "fp16"
     return GraphNode(
         op_type=node.op_type,
         inputs=tuple(node.input),
         outputs=tuple(node.output),
         flops=product.flops if product else 0,
-        kind=kind,
+        kind="int8" if node.op_type in _INT8_PRODUCTS else "fp32",
         product=product.kernel if product else "matmul",
         rows=product.rows if product else 1,
-        scratch=_scratch(node, shapes, inferred),
+        scratch=early_scratch(node, shapes, inferred),
+        late_scratch=late_scratch(node, shapes, inferred),
     )
-
-
-def _scratch(node: onnx.NodeProto, shapes: Mapping[str, Shape], inferred: Inferred) -> tuple[int, ...]:
-    """Buffers of a kernel: Where picks from either side into one of its own before it merges them."""
-    if node.op_type != "Where":
-        return ()
-    condition, *sides = (shapes[name] for name in node.input)
-    item = element_bits(inferred.tensors[node.output[0]].element_type, node.output[0]) // 8
-    return tuple(item * math.prod(np.broadcast_shapes(condition, side)) for side in sides)
-
-
-def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
 
 
 def _product(node: onnx.NodeProto, shapes: Mapping[str, Shape], constants: frozenset[str]) -> _Product | None:
     """Two for each multiply-add of matrix products and convolutions; additions of a bias are not counted."""
     op_type, inputs = node.op_type, node.input
-    if op_type == "Attention":
-        return _attention([shapes[name] for name in inputs[:3]], _integer(node, "q_num_heads", 1))
+    if op_type in _OWN:
+        return _OWN[op_type](node, [shapes.get(name, ()) for name in inputs], shapes[node.output[0]])
     if op_type not in _FACTOR:
         return None
     made, first, second = shapes[node.output[0]], shapes[inputs[0]], shapes[inputs[_FACTOR[op_type]]]
     total = math.prod(made)
     if op_type in ("Gemm", "QGemm"):
-        inner = first[0 if _integer(node, "transA", 0) else 1]
-        return _Product(2 * total * inner, made[0], _kernel(inputs[_FACTOR[op_type]], constants))
+        inner = first[0 if integer(node, "transA", 0) else 1]
+        return _Product(2 * total * inner, max(made[0], 1), _kernel(inputs[_FACTOR[op_type]], constants))
     if op_type in _MATMULS:
-        inner = first[-2 if _integer(node, "transA", 0) and len(first) > 1 else -1] if first else 1
+        inner = first[-2 if integer(node, "transA", 0) and len(first) > 1 else -1] if first else 1
         columns = made[-1] if len(second) > 1 and made else 1
         constant = inputs[_FACTOR[op_type]] in constants and len(second) <= 2
         # A batch of products of activations has rows of its own in each; with weights, all rows are one product's.
-        rows = total // columns if constant else math.prod(made[-2:-1])
+        rows = total // max(columns, 1) if constant else math.prod(made[-2:-1])
         return _Product(2 * total * inner, max(rows, 1), "matmul" if constant else "activations")
-    pixels = math.prod(made[2:]) * made[0]
+    pixels = max(math.prod(made[2:]) * made[0], 1)
     if op_type == "ConvTranspose":
-        return _Product(2 * math.prod(first) * math.prod(second[1:]), math.prod(first[2:]) * first[0], "conv")
+        return _Product(2 * math.prod(first) * math.prod(second[1:]), max(math.prod(first[2:]) * first[0], 1), "conv")
     return _Product(2 * total * math.prod(second[1:]), pixels, "conv")
 
 
@@ -132,12 +113,56 @@ def _kernel(factor: str, constants: frozenset[str]) -> ProductKernel:
     return "matmul" if factor in constants else "activations"
 
 
-def _attention(shapes: Sequence[Shape], heads: int) -> _Product:
+def _attention(node: onnx.NodeProto, shapes: Sequence[Shape], _: Shape) -> _Product:
     """Scores and mix (opset 23); queries, keys and values of [batch, heads, tokens, width] or [batch, tokens, all]."""
-    query, key, value = shapes
+    query, key, value = shapes[:3]
     keys, tokens = key[-2], query[-2]
+    if len(shapes) > 4 and shapes[4]:
+        keys += shapes[4][-2]  # of earlier calls, always [batch, heads, tokens, width]
+    heads, width, mixed = query[1], query[-1], value[-1]
     if len(query) == 3:
-        query, value = (query[0], heads, tokens, query[2] // heads), (*value[:1], heads, keys, value[2] // heads)
-    scores = math.prod(query) * keys
-    mix = math.prod(query[:-1]) * keys * value[-1]
-    return _Product(2 * (scores + mix), tokens, "activations")
+        heads = max(integer(node, "q_num_heads", 1), 1)
+        width //= heads
+        mixed //= max(integer(node, "kv_num_heads", heads), 1)
+    return _Product(2 * query[0] * heads * tokens * keys * (width + mixed), max(tokens, 1), "activations")
+
+
+def _recurrent(node: onnx.NodeProto, shapes: Sequence[Shape], _: Shape) -> _Product:
+    """Every step multiplies its input and the last state by the weights of all gates, for each direction."""
+    (steps, batch, width), (directions, *_rest), (*_more, hidden) = shapes[:3]
+    flops = 2 * directions * steps * batch * GATES[node.op_type] * hidden * (width + hidden)
+    return _Product(flops, max(batch, 1), "matmul")
+
+
+def _einsum(node: onnx.NodeProto, shapes: Sequence[Shape], _: Shape) -> _Product | None:
+    """A product of two tensors, over all their labels; of more, as many as if none were summed over before the last.
+
+    An ellipsis stands for the axes that have no label of their own, aligned at their ends.
+    """
+    equation = next((attribute.s.decode() for attribute in node.attribute if attribute.name == "equation"), "")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(equation.replace(" ", "").split("->")[0].split(","), shapes, strict=True):
+        labels = list(term.replace("...", "."))
+        if "." in labels:
+            at, more = labels.index("."), len(shape) - len(labels) + 1
+            labels[at : at + 1] = [str(more - i) for i in range(more)]
+        for label, size in zip(labels, shape, strict=True):
+            sizes[label] = max(sizes.get(label, 1), size)
+    if len(shapes) < 2:
+        return None
+    total = math.prod(sizes.values())
+    rows = max(math.prod(shapes[0][:-1]), 1)
+    return _Product(2 * total * (len(shapes) - 1), rows, "activations")
+
+
+def _few_bits(node: onnx.NodeProto, _: Sequence[Shape], made: Shape) -> _Product:
+    """MatMulNBits of ONNX Runtime: its kernel reads the weights once for all rows, as others do."""
+    return _Product(2 * math.prod(made) * integer(node, "K", 0), max(math.prod(made[:-1]), 1), "matmul")
+
+
+_OWN: Mapping[str, Callable[[onnx.NodeProto, Sequence[Shape], Shape], _Product | None]] = {
+    "Attention": _attention,
+    "Einsum": _einsum,
+    "MatMulNBits": _few_bits,
+    **dict.fromkeys(GATES, _recurrent),
+}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Skeleton", "Weight", "element_bits", "read_skeleton"]
 
+_LONGEST_NUMBER = 20  # digits of an offset or a length
 _SMALL_BYTES = 4096  # tensors up to here stay: shapes, axes, scalars
 _GRAPH, _INITIALIZER = 7, 5  # ModelProto.graph, GraphProto.initializer
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9  # TensorProto
@@ -117,7 +118,7 @@ def read_skeleton(path: Path) -> Skeleton:
         raise SourceError(f"{path.name} holds no ONNX graph", "Give a model in the ONNX format")
     places = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.data_location}
     weights = [
-        Weight(t.name, t.data_type, tuple(t.dims), places.get(t.name, {}).get("location"))
+        Weight(t.name, t.data_type, tuple(t.dims), places[t.name].get("location", "") if t.name in places else None)
         for t in model.graph.initializer
     ]
     return Skeleton(model, weights, size + _external_bytes(path, weights, places))
@@ -138,28 +139,47 @@ def _external_bytes(path: Path, weights: Sequence[Weight], places: Mapping[str, 
             continue
         location = place.get("location", "")
         file = path.parent / location
-        if not location or not file.resolve().is_relative_to(path.parent.resolve()):
+        if not location or not _lies_inside(file, path.parent):
             raise SourceError(
                 f"{path.name} refers to data at {location!r}, outside its own folder",
                 "Put the data file beside the model and export it again",
             )
         if location not in sizes:
-            try:
-                sizes[location] = file.stat().st_size
-            except OSError as error:
+            if not _is_file(file):
                 raise SourceError(
-                    f"The weights of {path.name} are in {location}, which is not there",
+                    f"The weights of {path.name} are in {location}, which is not there, or is no file",
                     f"Put {location} beside {path.name}",
-                ) from error
+                )
+            sizes[location] = file.stat().st_size
         offset, length = place.get("offset", "0"), place.get("length", str(weight.n_bytes))
-        if not (offset.isdigit() and length.isdigit()) or int(length) != weight.n_bytes:
+        if not (_is_number(offset) and _is_number(length)) or int(length) != weight.n_bytes:
             raise SourceError(
-                f"{path.name} gives {length} bytes at {offset} for {weight.name!r}, which takes {weight.n_bytes}",
+                f"{path.name} gives {length[:40]} bytes at {offset[:40]} for {weight.name!r}, "
+                f"which takes {weight.n_bytes}",
                 "Export the model again",
             )
         if int(offset) + int(length) > sizes[location]:
             raise SourceError(f"{location} ends before the data of {weight.name!r}", "Copy or export it again")
     return sum(sizes.values())
+
+
+def _lies_inside(file: Path, folder: Path) -> bool:
+    """Whether a path that the model gives leads into its own folder; one that leads nowhere does not."""
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is too long, a NUL
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER
 
 
 def _without_weights(data: memoryview) -> bytes:

@@ -1,8 +1,8 @@
 """From an ONNX graph to the memory and the time of a session on a CPU.
 
-File, weights and the arena's size are exact; what ONNX Runtime itself and its bookkeeping take is measured by the probe
-or a constant here. Times are those of single kernels that the probe ran, summed over the graph. Nothing here reads a
-file or loads a library.
+File and weights are exact, and so is the arena's size for the operators of `edgeq.profiles.onnx.memory.PROVEN_OPS`;
+what ONNX Runtime itself and its bookkeeping take is measured by the probe or a constant here. Times are those of single
+kernels that the probe ran, summed over the graph. Nothing here reads a file or loads a library.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edgeq.profiles.onnx.memory import (
+    PROVEN_OPS,
     GraphNode,
     GraphValue,
     Kind,
@@ -91,6 +92,7 @@ class OnnxShape:
         parameters: all initializers.
         values: every tensor that a node makes.
         nodes: after ONNX Runtime's fusions, in the order of execution.
+        input_bytes: of what a call is fed; the caller's arrays.
         outputs: names of what a call returns.
         output_bytes: of all outputs.
         entries: nodes and initializers of the file before any fusion.
@@ -100,6 +102,7 @@ class OnnxShape:
     parameters: tuple[Parameter, ...]
     values: Mapping[str, GraphValue]
     nodes: tuple[GraphNode, ...]
+    input_bytes: int
     outputs: tuple[str, ...]
     output_bytes: int
     entries: int
@@ -187,12 +190,14 @@ class OnnxFigures(Record, frozen=True, kw_only=True):
 
 
 class OnnxPrediction(Record, frozen=True, kw_only=True):
-    """What a session takes. Bytes of file, weights and arena are exact, the rest is modelled.
+    """What a session takes. Bytes of file and weights are exact, the rest is modelled.
 
     Attributes:
         file_bytes: of the model with its external data.
         weights_bytes: weights in memory while the session serves; mapped ones count once they have been read.
-        activation_bytes: of the arena.
+        activation_bytes: of the arena; exact if `inexact_ops` is empty.
+        inexact_ops: operators of the model that may take other buffers from the arena than was modelled, sorted.
+        input_bytes: of the arrays that one call is fed.
         bookkeeping_bytes: of nodes, names and the arena's chunks.
         runtime_bytes: of the process with a tiny model.
         load_peak_bytes: of the process while the model is loaded.
@@ -204,6 +209,8 @@ class OnnxPrediction(Record, frozen=True, kw_only=True):
     file_bytes: Count
     weights_bytes: Count
     activation_bytes: Count
+    inexact_ops: tuple[str, ...]
+    input_bytes: Count
     bookkeeping_bytes: Count
     runtime_bytes: Count
     load_peak_bytes: Count
@@ -223,13 +230,15 @@ def predict_onnx(shape: OnnxShape, figures: OnnxFigures) -> OnnxPrediction:
     kept = sum(p.n_bytes for p in shape.parameters if p.kept)
     bookkeeping = _BOOKKEEPING_BYTES * shape.entries
     handles = arena // _ARENA_BYTES_PER_HANDLE_BYTE
-    serve = figures.runtime_bytes + kept + bookkeeping + _SLACK_BYTES + handles + arena
+    serve = figures.runtime_bytes + kept + bookkeeping + _SLACK_BYTES + handles + arena + shape.input_bytes
     # Kernels and their plan, about half of the bookkeeping, come after the weights.
     load = figures.loaded_bytes + bookkeeping // 2 + _SLACK_BYTES + _loading_bytes(shape)
     return OnnxPrediction(
         file_bytes=shape.file_bytes,
         weights_bytes=kept,
         activation_bytes=arena,
+        inexact_ops=tuple(sorted({node.op_type for node in shape.nodes} - PROVEN_OPS)),
+        input_bytes=shape.input_bytes,
         bookkeeping_bytes=bookkeeping + _SLACK_BYTES + handles,
         runtime_bytes=figures.runtime_bytes,
         load_peak_bytes=load,

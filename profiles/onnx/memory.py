@@ -4,7 +4,8 @@ With the options of `edgeq.profiles.onnx.session` a session allocates every outp
 its last use, and the arena grows by exactly what does not fit into a free chunk. All of that follows from the graph, so
 it is played through instead of estimated. The rules are ONNX Runtime's: order of execution (graph.cc,
 ``ReverseDFSFrom`` with ``NodeCompare``), aliases and in-place kernels (the ``Alias`` and ``MayInplace`` of each CPU
-kernel, tried one by one on 1.31) and the best-fit arena with coalescing (bfc_arena.cc).
+kernel, tried one by one on 1.31) and the best-fit arena with coalescing (bfc_arena.cc). Buffers that kernels take
+beside their outputs are known for `PROVEN_OPS`; what other operators take is modelled, not exact.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 
 __all__ = [
     "ALIASES",
+    "PROVEN_OPS",
     "GraphNode",
     "GraphValue",
     "Kind",
@@ -25,7 +27,7 @@ __all__ = [
     "played_arena_bytes",
 ]
 
-Kind = Literal["fp32", "fp16", "int8"]
+Kind = Literal["fp32", "int8"]
 ProductKernel = Literal["matmul", "activations", "conv"]
 
 # Kernels whose output is their first input's memory, whatever its shape.
@@ -33,7 +35,6 @@ ALIASES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 # Kernels that overwrite their first input if nobody else needs it and the shapes are known to be the same.
 _IN_PLACE = frozenset(
     {
-        "Cast",
         "Clip",
         "Elu",
         "HardSigmoid",
@@ -49,6 +50,21 @@ _IN_PLACE = frozenset(
         "ThresholdedRelu",
     }
 )
+# Operators, fusions included, whose buffers were found to be these exactly: each was run by itself or in a block of a
+# transformer on 1.31 (one thread, AVX-512) and the arena's log compared.
+_PROVEN = """
+    Abs Add And ArgMax AveragePool BatchNormalization BiasGelu Cast Ceil Celu Clip Concat Conv ConvTranspose Cos
+    CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear DynamicQuantizeMatMul Elu Equal Erf
+    Exp Expand Flatten Floor FusedMatMul Gather GatherElements GatherND Gelu Gemm GlobalAveragePool
+    GlobalMaxPool Greater GreaterOrEqual HardSigmoid Hardmax Identity InstanceNormalization IsNaN
+    LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization MatMul MatMulInteger
+    MatMulIntegerToFloat MatMulNBits Max MaxPool Min Mod Mul Neg Not Or PRelu Pad Pow QGemm QLinearMatMul
+    QuantizeLinear QuickGelu RMSNormalization Range Reciprocal ReduceL2 ReduceLogSumExp ReduceMax ReduceMean
+    ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu ReorderInput ReorderOutput Reshape Round ScatterElements
+    ScatterND Selu Shape Shrink Sigmoid Sign Sin SkipLayerNormalization Slice Softmax Softplus Softsign
+    SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where Xor
+"""
+PROVEN_OPS = frozenset(_PROVEN.split())
 _CALLS = 4  # after two the arena of all models that were tried had its final size
 _CHUNK_BYTES = 256  # the arena rounds up to it
 _MAX_DEAD_BYTES = 128 << 20  # the arena splits a chunk when that much or more would be wasted
@@ -79,10 +95,11 @@ class GraphNode:
         inputs: names of values and parameters; empty names for those left out.
         outputs: names of values.
         flops: two for a multiply-add; 0 for all but matrix products and convolutions.
-        kind: the arithmetic of the products: ``"fp32"``, ``"fp16"`` or ``"int8"``.
+        kind: the arithmetic of the products: ``"fp32"`` or ``"int8"``; halves are computed as floats.
         product: ``"matmul"`` with constant weights, ``"activations"``, or ``"conv"``; of no meaning without flops.
         rows: of the product's first factor; ``flops / (2 * rows)`` elements make the second one.
-        scratch: bytes of each buffer that the kernel takes from the arena while it runs.
+        scratch: bytes of each buffer that the kernel takes from the arena while it runs, before its outputs.
+        late_scratch: likewise, after its outputs.
     """
 
     op_type: str
@@ -93,6 +110,7 @@ class GraphNode:
     product: ProductKernel = "matmul"
     rows: int = 1
     scratch: tuple[int, ...] = ()
+    late_scratch: tuple[int, ...] = ()
 
 
 def execution_order(nodes: Sequence[GraphNode], outputs: Sequence[str]) -> tuple[GraphNode, ...]:
@@ -126,6 +144,7 @@ class _Step:
 
     takes: tuple[tuple[str, int], ...]
     scratch: tuple[int, ...]
+    late_scratch: tuple[int, ...]
     frees: tuple[str, ...]
 
 
@@ -154,7 +173,7 @@ def _steps(nodes: Sequence[GraphNode], values: Mapping[str, GraphValue], outputs
                 users[buffer[name]] -= 1
                 unread.append(buffer[name])
         frees = tuple(owner for owner in dict.fromkeys(unread) if users[owner] == 0)
-        yield _Step(tuple(takes), node.scratch, frees)
+        yield _Step(tuple(takes), node.scratch, node.late_scratch, frees)
 
 
 def _shared_input(
@@ -165,12 +184,18 @@ def _shared_input(
     users: Mapping[str, int],
 ) -> str | None:
     """The input whose memory an output takes over; None if it needs its own, as copies of graph inputs do."""
-    if position or not node.inputs or node.inputs[0] not in buffer:
+    # A convolution with a fourth input adds it to its output, in its place.
+    place = 3 if node.op_type == "Conv" and len(node.inputs) > 3 else 0
+    if position or len(node.inputs) <= place or node.inputs[place] not in buffer:
         return None
-    source = node.inputs[0]
+    source = node.inputs[place]
     if node.op_type in ALIASES:
         return source
-    if node.op_type in _IN_PLACE and users[buffer[source]] == 1 and _same_size(values[source], values[node.outputs[0]]):
+    if (
+        (node.op_type in _IN_PLACE or place)
+        and users[buffer[source]] == 1
+        and _same_size(values[source], values[node.outputs[0]])
+    ):
         return source
     return None
 
@@ -193,7 +218,7 @@ def live_peak_bytes(nodes: Sequence[GraphNode], values: Mapping[str, GraphValue]
     peak = 0
     for step in _steps(nodes, values, outputs):
         live.update(step.takes)
-        peak = max(peak, sum(live.values()) + sum(step.scratch))
+        peak = max(peak, sum(live.values()) + sum(step.scratch) + sum(step.late_scratch))
         for name in step.frees:
             del live[name]
     return peak
@@ -215,6 +240,7 @@ def played_arena_bytes(nodes: Sequence[GraphNode], values: Mapping[str, GraphVal
         for step in steps:
             scratch = [arena.take(size) for size in step.scratch if size]
             held |= {name: arena.take(size) for name, size in step.takes if size}
+            scratch += [arena.take(size) for size in step.late_scratch if size]
             for at in scratch:
                 arena.free(at)
             for name in step.frees:

@@ -1,0 +1,92 @@
+"""What is refused of a file before anything is inferred from it, with a remedy of its own for each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgeq.converters.onnx.skeleton import Skeleton, element_bits
+from edgeq.errors import SourceError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["check_skeleton"]
+
+_STANDARD = ("", "ai.onnx")
+_STRING = 8  # TensorProto.DataType
+_EXPORT_AGAIN = "Export the model again"
+
+
+def check_skeleton(skeleton: Skeleton, name: str) -> None:
+    """Refuse what is no sound model.
+
+    Args:
+        skeleton: of the file.
+        name: of the file.
+
+    Raises:
+        SourceError: names that are no text, no opset, negative sizes, element types that do not exist, or data that
+            does not fill its tensor.
+        UnsupportedModelError: an opset that the installed onnx does not know, or sparse weights.
+    """
+    _check_names(skeleton.model, name)
+    _check_opsets(skeleton.model, name)
+    _check_inputs(skeleton.model)
+    graph = skeleton.model.graph
+    if graph.sparse_initializer:
+        raise UnsupportedModelError(
+            f"{name} holds sparse weights ({graph.sparse_initializer[0].values.name!r})",
+            "Export the model with dense weights",
+        )
+    for weight, tensor in zip(skeleton.weights, graph.initializer, strict=True):
+        if any(size < 0 for size in weight.dims):
+            raise SourceError(f"The weight {weight.name!r} has a negative size: {list(weight.dims)}", _EXPORT_AGAIN)
+        # A stored number takes a bit at least, even where its data was skipped.
+        wrong = weight.location is None and weight.n_bytes > 64 * skeleton.file_bytes
+        if wrong or (tensor.raw_data and len(tensor.raw_data) != weight.n_bytes):
+            raise SourceError(
+                f"The weight {weight.name!r} of shape {list(weight.dims)} takes {weight.n_bytes} bytes, "
+                "which is not what the file holds",
+                _EXPORT_AGAIN,
+            )
+
+
+def _check_names(model: onnx.ModelProto, file: str) -> None:
+    graph = model.graph
+    names = [value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)]
+    names += [entry.domain for entry in model.opset_import]
+    for node in graph.node:
+        names += (node.op_type, node.domain, node.name, *node.input, *node.output)
+    # protobuf hands out bytes for strings that are not UTF-8.
+    if any(not isinstance(name, str) for name in names):
+        raise SourceError(f"{file} holds a name that is not UTF-8", "Export or download the model again")
+
+
+def _check_opsets(model: onnx.ModelProto, file: str) -> None:
+    import onnx
+
+    versions = [entry.version for entry in model.opset_import if entry.domain in _STANDARD]
+    if not versions:
+        raise SourceError(f"{file} does not say which version of ONNX's operators it uses", _EXPORT_AGAIN)
+    newest = onnx.defs.onnx_opset_version()
+    if max(versions) > newest:
+        raise UnsupportedModelError(
+            f"{file} uses opset {max(versions)}; onnx {onnx.__version__} knows those up to {newest}",
+            "Install a newer onnx, or export the model with an older opset",
+        )
+    if min(versions) < 1:
+        raise SourceError(f"{file} uses opset {min(versions)}, which does not exist", _EXPORT_AGAIN)
+
+
+def _check_inputs(model: onnx.ModelProto) -> None:
+    for value in model.graph.input:
+        if not value.type.HasField("tensor_type"):
+            continue  # another message has more to say
+        if value.type.tensor_type.elem_type != _STRING:
+            element_bits(value.type.tensor_type.elem_type, value.name)
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.HasField("dim_value")]
+        if any(size < 0 for size in sizes):
+            raise SourceError(
+                f"The input {value.name!r} has an axis of size {min(sizes)}",
+                "Export it with a size, or with a name if it is dynamic",
+            )
