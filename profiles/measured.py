@@ -28,8 +28,9 @@ class LanguageCosts(Record, frozen=True, kw_only=True):
         layer_ns: of every layer in every computed batch.
         layer_ns_per_value: of every layer, for each token of a batch and value of the embedding.
         runtime_bytes: of a serving process beside the model, its buffers and its vocabulary.
-        reference_decode_ns: of one kernel that reads memory (`edgeq.probe.reference`), around the time of ``decode``.
-        reference_prompt_ns: of one kernel that computes, around the time of ``matmuls``.
+        reference_decode_ns: of one kernel that reads memory (`edgeq.probe.reference`), the median over the probe: all
+            times above are at that speed.
+        reference_prompt_ns: of one kernel that computes, likewise.
     """
 
     decode: DecodeCosts

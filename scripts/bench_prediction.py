@@ -36,7 +36,7 @@ from edgeq.llama import default_threads
 from edgeq.planner.candidates import Menu
 from edgeq.planner.plan import Request, make_plan
 from edgeq.probe.machine_profile import machine_profile
-from edgeq.probe.reference import Reading, SpeedReference
+from edgeq.probe.reference import Reading, SpeedReference, between
 from edgeq.probe.session_costs import MODEL_FILE, describe_bundle
 from edgeq.probe.steps import probe_machine
 from edgeq.profiles.device import DeviceProfile
@@ -140,7 +140,7 @@ def token_speed(predicted: float, found: Sequence[Timed], costs: LanguageCosts) 
     """Of the median gap; on a steady machine each gap divided by the slowness of memory around it."""
     gaps = [gap for timed in found for gap in timed.sample.gaps_ms]
     steady = [
-        gap * costs.reference_decode_ns * 2 / (timed.before.decode_ns + timed.after.decode_ns)
+        gap * costs.reference_decode_ns / between(timed.before, timed.after).decode_ns
         for timed in found
         for gap in timed.sample.gaps_ms
     ]
@@ -150,7 +150,7 @@ def token_speed(predicted: float, found: Sequence[Timed], costs: LanguageCosts) 
 def first_token(predicted: float, found: Sequence[Timed], costs: LanguageCosts) -> Pair:
     """The median; on a steady machine each time divided by the slowness of computing around it."""
     steady = [
-        timed.sample.ttft_ms * costs.reference_prompt_ns * 2 / (timed.before.prompt_ns + timed.after.prompt_ns)
+        timed.sample.ttft_ms * costs.reference_prompt_ns / between(timed.before, timed.after).prompt_ns
         for timed in found
     ]
     return Pair(predicted, statistics.median(t.sample.ttft_ms for t in found), statistics.median(steady))

@@ -1,12 +1,15 @@
 """What language models cost on this machine: ggml's kernels, and what a session adds to them.
 
-A machine's speed drifts while it is measured, and parts that were measured at different speeds do not add up to a
-token's time. So each part is measured twice, in an order that reads the same from both ends, with the sessions in the
-middle: a steady drift is the same for the mean of every part.
+A machine's speed changes while it is measured, and parts that were measured at different speeds do not add up to a
+token's time. So two kernels are timed before and after every part, and what was measured between them is put at the
+speed that the machine had most of the time. Each part is measured twice, in an order that reads the same from both
+ends, with the sessions in the middle: what the two kernels do not see of a steady drift is then the same for all.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,7 +18,7 @@ import msgspec
 
 from edgeq.ggml_types import TYPES
 from edgeq.llama_context import KV_TYPES
-from edgeq.probe.reference import Reading, SpeedReference
+from edgeq.probe.reference import Reading, SpeedReference, between
 from edgeq.probe.session_costs import DEEP, SHALLOW, WIDE, SessionTimes, measure_session
 from edgeq.probe_points import AttentionPoint, MatmulPoint
 from edgeq.profiles.kernels.cost_measure import legal_matrices, measure_matrices
@@ -82,33 +85,43 @@ def measure_language(threads: int, *, seconds: float, progress: Progress) -> tup
             budget_s=_MATMUL * seconds,
         )
 
+    def attend() -> tuple[AttentionPoint, ...]:
+        return _attention(threads, seconds, progress)
+
+    def serve() -> tuple[SessionTimes, ...]:
+        return measure_session((SHALLOW, DEEP, WIDE), threads=threads, progress=stage(progress, "session"))
+
     with SpeedReference(threads) as reference:
         readings = [reference.read()]
 
-        def read_after(part: Callable[[], _T]) -> _T:
+        def watched(part: Callable[[], _T]) -> _T:
             found = part()
             readings.append(reference.read())
             return found
 
-        tokens = [read_after(decode)]
-        prompts = [read_after(matmuls)]
-        attention = [read_after(lambda: _attention(threads, seconds, progress))]
-        sessions = read_after(
-            lambda: measure_session((SHALLOW, DEEP, WIDE), threads=threads, progress=stage(progress, "session"))
-        )
-        attention.append(read_after(lambda: _attention(threads, seconds, progress)))
-        prompts.append(read_after(matmuls))
-        tokens.append(read_after(decode))
+        tables = [watched(decode)]
+        products = [watched(matmuls)]
+        layers = [watched(attend)]
+        sessions = watched(serve)
+        layers.append(watched(attend))
+        products.append(watched(matmuls))
+        tables.append(watched(decode))
+    speeds = [between(before, after) for before, after in itertools.pairwise(readings)]
+    usual = _usual(speeds)
+    first, second, third, fourth, fifth, sixth, seventh = (_factor(speed, usual) for speed in speeds)
+    matmul_turns = zip(_at(products[0], second.prompt_ns), _at(products[1], sixth.prompt_ns), strict=True)
+    attention_turns = zip(_attended(layers[0], third), _attended(layers[1], fifth), strict=True)
+    sessions = tuple(_served(found, fourth) for found in sessions)
     bare = LanguageCosts(
-        decode=_mean_table(tokens),
-        matmuls=tuple(_mean_matmul(turns) for turns in zip(*prompts, strict=True)),
-        attention=tuple(_mean_attention(turns) for turns in zip(*attention, strict=True)),
+        decode=_mean_table([_table_at(tables[0], first.decode_ns), _table_at(tables[1], seventh.decode_ns)]),
+        matmuls=tuple(_mean_matmul(turns) for turns in matmul_turns),
+        attention=tuple(_mean_attention(turns) for turns in attention_turns),
         token_ns=0.0,
         layer_ns=0.0,
         layer_ns_per_value=0.0,
         runtime_bytes=max(found.beside_bytes for found in sessions) + _ROOM_BYTES,
-        reference_decode_ns=statistics.fmean(reading.decode_ns for reading in readings),
-        reference_prompt_ns=statistics.fmean(reading.prompt_ns for reading in readings),
+        reference_decode_ns=usual.decode_ns,
+        reference_prompt_ns=usual.prompt_ns,
     )
     return _with_fixed_costs(bare, sessions, threads), tuple(readings)
 
@@ -128,6 +141,42 @@ def _attention(threads: int, seconds: float, progress: Progress) -> tuple[Attent
         budget_s=_RARE * seconds,
     )
     return usual + rare
+
+
+def _usual(speeds: Sequence[Reading]) -> Reading:
+    """The median of each kernel."""
+    return Reading(
+        statistics.median(speed.decode_ns for speed in speeds), statistics.median(speed.prompt_ns for speed in speeds)
+    )
+
+
+def _factor(speed: Reading, usual: Reading) -> Reading:
+    """What times of a part are multiplied with, to be what they would be at the usual speed."""
+    return Reading(usual.decode_ns / speed.decode_ns, usual.prompt_ns / speed.prompt_ns)
+
+
+def _table_at(table: DecodeCosts, factor: float) -> DecodeCosts:
+    entries = tuple(msgspec.structs.replace(entry, ns=entry.ns * factor) for entry in table.entries)
+    return msgspec.structs.replace(table, entries=entries)
+
+
+def _at(points: Sequence[MatmulPoint], factor: float) -> list[MatmulPoint]:
+    return [msgspec.structs.replace(point, flops_per_s=point.flops_per_s / factor) for point in points]
+
+
+def _attended(points: Sequence[AttentionPoint], factors: Reading) -> list[AttentionPoint]:
+    """One token reads its cache, many tokens compute."""
+    return [
+        msgspec.structs.replace(point, ns=point.ns * (factors.decode_ns if point.n_tokens == 1 else factors.prompt_ns))
+        for point in points
+    ]
+
+
+def _served(found: SessionTimes, factors: Reading) -> SessionTimes:
+    """Sample models are so small that they compute from the caches."""
+    return dataclasses.replace(
+        found, decode_ns=found.decode_ns * factors.prompt_ns, prompt_ns=found.prompt_ns * factors.prompt_ns
+    )
 
 
 def _mean_table(turns: Sequence[DecodeCosts]) -> DecodeCosts:

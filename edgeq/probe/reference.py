@@ -18,7 +18,7 @@ from edgeq.llama_handle import Handle
 from edgeq.profiles.kernels.cost_measure import default_working_set, free_bytes, undisturbed
 from edgeq.profiles.kernels.sample_weights import sample_blocks
 
-__all__ = ["Reading", "SpeedReference", "spread_of"]
+__all__ = ["Reading", "SpeedReference", "between", "spread_of"]
 
 _TYPE = "q8_0"
 _DECODE_SHAPE, _PROMPT_SHAPE, _BATCH = (2048, 4096), (512, 2048), 128
@@ -78,6 +78,11 @@ class SpeedReference(Handle):
                     times[index].append((time.perf_counter_ns() - before) / copies)
         decode, prompt = (undisturbed(found)[0] for found in times)
         return Reading(decode, prompt)
+
+
+def between(before: Reading, after: Reading) -> Reading:
+    """The speed between two readings: the faster one, since a disturbance of one of them says little of the rest."""
+    return Reading(min(before.decode_ns, after.decode_ns), min(before.prompt_ns, after.prompt_ns))
 
 
 def spread_of(readings: Sequence[Reading]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import pytest
 
 from edgeq.cli import main
 from edgeq.probe import language, steps
-from edgeq.probe.reference import Reading, SpeedReference, spread_of
+from edgeq.probe.reference import Reading, SpeedReference, between, spread_of
 from edgeq.probe.session_costs import DEEP, SHALLOW, measure_session
 from edgeq.probe_points import MatmulPoint
 from edgeq.profiles.kernels.cost_table import CostEntry
@@ -118,3 +118,16 @@ def test_parts_count_with_the_mean_of_their_turns() -> None:
     faster = msgspec.structs.replace(point, flops_per_s=4e9)
     # Times are what is added up, so it is their mean that counts, not that of speeds.
     assert language._mean_matmul([point, faster]).ns == pytest.approx((point.ns + faster.ns) / 2)
+
+
+def test_times_are_put_at_the_usual_speed() -> None:
+    slow, quick = Reading(200.0, 50.0), Reading(100.0, 40.0)
+    assert between(slow, quick) == quick
+    usual = language._usual([slow, quick, quick])
+    assert usual == quick
+    assert language._factor(slow, usual) == Reading(0.5, 0.8)
+    point = MatmulPoint(
+        type="q8_0", columns=512, rows=256, batch=16, threads=1, flops_per_s=1e9, spread=0.0, n=3, buffer="CPU"
+    )
+    (at_usual,) = language._at([point], 0.8)
+    assert at_usual.ns == pytest.approx(0.8 * point.ns)
