@@ -43,9 +43,12 @@ if TYPE_CHECKING:
     from edgeq.runtime.generation import Generation as Generation
     from edgeq.runtime.generation import Timings as Timings
     from edgeq.runtime.generation import Token as Token
+    from edgeq.runtime.gguf_embedding import GgufEmbeddingSession as GgufEmbeddingSession
     from edgeq.runtime.llm import LLMSession as LLMSession
     from edgeq.runtime.session import load as load
     from edgeq.runtime.stream import TokenStream as TokenStream
+    from edgeq.runtime.tensor.embedding import EmbeddingSession as EmbeddingSession
+    from edgeq.runtime.tensor.session import TensorSession as TensorSession
     from edgeq.types import Budget as Budget
     from edgeq.types import Manifest as Manifest
     from edgeq.types import ModelSource as ModelSource
@@ -75,9 +78,12 @@ _HOMES = {
     "edgeq.profiles.loader": ("load_profile",),
     "edgeq.report": ("Report",),
     "edgeq.runtime.generation": ("Generation", "Timings", "Token"),
+    "edgeq.runtime.gguf_embedding": ("GgufEmbeddingSession",),
     "edgeq.runtime.llm": ("LLMSession",),
     "edgeq.runtime.session": ("load",),
     "edgeq.runtime.stream": ("TokenStream",),
+    "edgeq.runtime.tensor.embedding": ("EmbeddingSession",),
+    "edgeq.runtime.tensor.session": ("TensorSession",),
     "edgeq.profiles.device": ("DeviceProfile",),
     "edgeq.types": ("Budget", "Manifest", "ModelSource", "Plan"),
 }
@@ -92,7 +98,9 @@ __all__ = [
     "DeviceProfile",
     "DiskFullError",
     "EdgeqError",
+    "EmbeddingSession",
     "Generation",
+    "GgufEmbeddingSession",
     "Job",
     "LLMSession",
     "Manifest",
@@ -107,6 +115,7 @@ __all__ = [
     "SessionClosedError",
     "SessionError",
     "SourceError",
+    "TensorSession",
     "Timings",
     "Token",
     "TokenStream",

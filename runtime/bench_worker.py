@@ -111,7 +111,7 @@ def _load(command: Load) -> tuple[LLMSession, Loaded]:
     from edgeq.llama_library import system_info, versions
     from edgeq.runtime.session import load
 
-    session = load(Path(command.bundle), threads=command.threads, context_tokens=command.context_tokens)
+    session = load(Path(command.bundle), kind="llm", threads=command.threads, context_tokens=command.context_tokens)
     tools = {
         "edgeq": __version__,
         "python": sys.version.split()[0],

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature < 0:
         raise UsageError(f"--temperature {args.temperature:g} is below zero", "Use 0 for greedy decoding, or about 0.7")
     deadline_ms = parse_ms(args.deadline) if args.deadline is not None else None
-    with contextlib.suppress(ReaderGoneError), edgeq.load(args.bundle, threads=args.threads) as session:
+    with contextlib.suppress(ReaderGoneError), edgeq.load(args.bundle, kind="llm", threads=args.threads) as session:
         chat = session.manifest.artifact.has_chat_template and not args.raw
         system = [{"role": "system", "content": args.system}] if args.system else []
         if system and not chat:

@@ -24,7 +24,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,15 @@ from edgeq.errors import SessionError, require_package
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "import_onnxruntime", "onnx_session_options", "open_onnx_session"]
+__all__ = ["PROVIDERS", "Provider", "import_onnxruntime", "onnx_session_options", "open_onnx_session"]
+
+Provider = str | tuple[str, dict[str, Any]]
 
 PROVIDERS = ("CPUExecutionProvider",)
+_REMEDIES = {
+    "CUDAExecutionProvider": "Install onnxruntime-gpu in place of onnxruntime, and the CUDA and cuDNN that it needs",
+    "TensorrtExecutionProvider": "Install onnxruntime-gpu in place of onnxruntime, and the TensorRT that it needs",
+}
 _SAME_AS_REQUESTED = 1  # ArenaExtendStrategy::kSameAsRequested
 _WARNINGS_OFF = 3  # errors only: what ONNX Runtime warns of while it optimizes is no concern of a robot's log
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -99,32 +105,62 @@ def _register_arena() -> None:
 
 
 def open_onnx_session(
-    model: str | os.PathLike[str] | bytes, threads: int, *, dims: Mapping[str, int] | None = None
+    model: str | os.PathLike[str] | bytes,
+    threads: int,
+    *,
+    dims: Mapping[str, int] | None = None,
+    providers: Sequence[Provider] = PROVIDERS,
+    disabled_optimizers: Sequence[str] = (),
+    config: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU that gives back what it needed only to load.
+    """A session that gives back what it needed only to load, and that never falls back to another provider.
 
     Args:
         model: the ``.onnx`` file, or its contents.
         threads: see `onnx_session_options`.
         dims: see `onnx_session_options`.
+        providers: what computes, in the order of preference: names, or names with options.
+        disabled_optimizers: of ONNX Runtime, as ``"SkipLayerNormFusion"``.
+        config: further entries of the session's configuration.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
-        SessionError: ONNX Runtime cannot load the model.
+        SessionError: ONNX Runtime cannot load the model, or does not have one of the providers here.
     """
     ort = import_onnxruntime()
+    names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    _check_providers(names, ort.get_available_providers(), "was not built with")
     source: Any = model if isinstance(model, bytes) else os.fspath(model)
     options = onnx_session_options(threads, dims=dims)
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     try:
         with _frugal_heap():
-            session: onnxruntime.InferenceSession = ort.InferenceSession(source, options, providers=list(PROVIDERS))
+            session: onnxruntime.InferenceSession = ort.InferenceSession(
+                source,
+                options,
+                providers=list(providers),
+                disabled_optimizers=list(disabled_optimizers),
+                enable_fallback=0,
+            )
     except Exception as error:  # its exceptions have no common base but Exception
         what = "the model" if isinstance(model, bytes) else os.fspath(model)
         reason = " ".join(str(error).split())  # some of its messages have several lines
         raise SessionError(
             f"ONNX Runtime cannot load {what}: {reason}", "Export it again, or install another onnxruntime"
         ) from error
+    # A provider whose libraries are missing is left out with no more than a line in the log.
+    _check_providers(names, session.get_providers(), "could not start")
     return session
+
+
+def _check_providers(wanted: Sequence[str], found: Sequence[str], fault: str) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise SessionError(
+            f"ONNX Runtime {fault} {missing[0]}, and would have computed on {', '.join(found)}",
+            _REMEDIES.get(missing[0], f"Choose among {', '.join(found)}"),
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from edgeq.errors import BundleError, SessionError, UsageError
 
 
 def test_a_bundle_is_loaded_as_it_was_planned(smollm2_bundle: Path) -> None:
-    with edgeq.load(smollm2_bundle, verify=True) as session:
+    with edgeq.load(smollm2_bundle, kind="llm", verify=True) as session:
         assert session.manifest.name == "smollm2"
         assert session.context_tokens == session.manifest.plan.context_tokens
         assert session.load_ms > 0
@@ -19,7 +19,7 @@ def test_a_bundle_is_loaded_as_it_was_planned(smollm2_bundle: Path) -> None:
 
 
 def test_less_context_and_threads_than_planned(smollm2_bundle: Path) -> None:
-    with edgeq.load(str(smollm2_bundle), context_tokens=128, threads=1) as session:
+    with edgeq.load(str(smollm2_bundle), kind="llm", context_tokens=128, threads=1) as session:
         assert (session.context_tokens, session.threads) == (128, 1)
 
 

@@ -1,0 +1,1 @@
+"""Sessions of models that are called with arrays."""

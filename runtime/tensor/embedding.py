@@ -1,0 +1,145 @@
+"""The embedding session: texts in, vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.errors import BundleError, EdgeqError, UsageError
+from edgeq.inputs.arrays import Array
+from edgeq.inputs.text import check_texts, text_encoder
+from edgeq.runtime.tensor.engine import Engine
+from edgeq.runtime.tensor.pooling import normalized, pool
+from edgeq.runtime.tensor.session import TensorSession
+from edgeq.runtime.tensor.settings import TensorSettings
+from edgeq.tensor_types import Embedding, TensorManifest, TensorSpec
+
+__all__ = ["EmbeddingSession"]
+
+_HIDDEN = "last_hidden_state"
+
+
+class EmbeddingSession(TensorSession):
+    """A loaded text encoder. All that `TensorSession` can do, and `embed`.
+
+    Args:
+        engine: what computes, from token ids to hidden states of (texts, tokens, width); the session closes it.
+        settings: how it was made.
+        tokenizer: the folder with ``tokenizer.json``.
+        embedding: how hidden states become vectors.
+        manifest: of the bundle that it belongs to.
+        started: when loading began, on the clock of `time.perf_counter`.
+
+    Attributes:
+        dimensions: of a vector.
+        embedding: as given.
+
+    Raises:
+        BundleError: the graph is not what the manifest tells, or is no text encoder.
+        SourceError: the tokenizer makes no sense.
+        MissingPackageError: ``tokenizers`` is not installed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: TensorSettings,
+        tokenizer: Path,
+        embedding: Embedding,
+        *,
+        manifest: TensorManifest | None = None,
+        started: float | None = None,
+    ) -> None:
+        super().__init__(engine, settings, manifest=manifest, started=started)
+        try:
+            self._hidden, self.dimensions = _hidden_states(self.outputs)
+            self._fields = _token_inputs(self.inputs)
+            self._encoder = text_encoder(tokenizer)
+        except EdgeqError:
+            self.close()
+            raise
+        self.embedding = embedding
+
+    def embed(self, texts: Sequence[str], batch_size: int = 32) -> npt.NDArray[np.float32]:
+        """One vector a text.
+
+        Texts of like length are computed together, so the order in which they come costs nothing. Those that are
+        longer than the model was made for are cut; `count_tokens` tells which.
+
+        Args:
+            texts: any number of them.
+            batch_size: the most that are computed at once; less where the graph takes less.
+
+        Returns:
+            float32 of (texts, dimensions), in the order of the texts.
+
+        Raises:
+            UsageError: one string instead of several, text that is no valid Unicode, or a batch size below one.
+            SessionClosedError: the session was closed.
+            SessionError: ONNX Runtime failed.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch_size={batch_size} makes no sense", "Choose at least 1")
+        result = np.empty((len(texts), self.dimensions), np.float32)
+        if not len(texts):
+            return result
+        check_texts(texts)
+        # The sort of sentence-transformers: characters tell the length well enough.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+        rows = min(batch_size, self._most_rows())
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            result[chosen] = self._embed_batch([texts[index] for index in chosen])
+        return result
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before any is cut, special ones included."""
+        return self._encoder.count(texts)
+
+    def _embed_batch(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        arrays: dict[str, Array] = dict(self._encoder(texts, self._limit(), length=self._fixed(1)))
+        missing = (self._fixed(0) or len(texts)) - len(texts)
+        if missing:  # a graph of a fixed number of rows gets the first again
+            arrays = {name: np.concatenate([a, a[:1].repeat(missing, axis=0)]) for name, a in arrays.items()}
+        feed = {spec.name: arrays[spec.name].astype(spec.dtype, copy=False) for spec in self._fields}
+        hidden = self.run(feed)[self._hidden].astype(np.float32, copy=False)
+        vectors = pool(hidden, arrays["attention_mask"], self.embedding.pooling)[: len(texts)]
+        return normalized(vectors) if self.embedding.normalize else vectors
+
+    def _limit(self) -> int:
+        axis = self._fields[0].shape[1]
+        most = self._axes[axis].most if isinstance(axis, str) and axis in self._axes else self.embedding.max_tokens
+        return min(most, self.embedding.max_tokens)
+
+    def _fixed(self, axis: int) -> int | None:
+        size = self._fields[0].shape[axis]
+        return size if isinstance(size, int) else None
+
+    def _most_rows(self) -> int:
+        axis = self._fields[0].shape[0]
+        if isinstance(axis, int):
+            return axis
+        return self._axes[axis].most if axis in self._axes else 1 << 30
+
+
+def _hidden_states(outputs: Sequence[TensorSpec]) -> tuple[str, int]:
+    """Name and width of the output of hidden states."""
+    for spec in sorted(outputs, key=lambda spec: spec.name != _HIDDEN):
+        if len(spec.shape) == 3 and isinstance(spec.shape[2], int):
+            return spec.name, spec.shape[2]
+    raise BundleError("the graph gives no hidden states of (texts, tokens, width)", "Convert the model again")
+
+
+def _token_inputs(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The inputs, ``input_ids`` first."""
+    known = ("input_ids", "attention_mask", "token_type_ids")
+    names = [spec.name for spec in inputs]
+    if not set(known[:2]) <= set(names) <= set(known) or any(len(spec.shape) != 2 for spec in inputs):
+        raise BundleError(
+            f"the graph takes {', '.join(names)}; a text encoder takes {', '.join(known)}",
+            "Convert the model again for feature-extraction",
+        )
+    return sorted(inputs, key=lambda spec: known.index(spec.name))
