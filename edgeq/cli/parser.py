@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "convert": "turn a model into a bundle that fits a device",
     "plan": "show what convert would decide, and write nothing",
     "imatrix": "collect an importance matrix for quantizers",
+    "build": "build the TensorRT engines of a bundle, for this machine or for others",
     "bench": "measure a bundle on this machine against its budget",
     "report": "show the latest measurement of a bundle again",
     "run": "generate text with a bundle",

@@ -1,0 +1,89 @@
+"""ONNX Runtime's providers for GPUs: options as it documents them, and no silent fallback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from edgeq.errors import MissingPackageError, SessionError, UsageError
+from edgeq.profiles.onnx.session import import_onnxruntime, open_onnx_session
+from edgeq.runtime.tensorrt.providers import check_providers, gpu_providers, refuse_missing_providers
+from edgeq.tensor_types import AxisRange, Scheme, TensorPlan, TensorPrediction, TensorSpec
+
+INPUTS = (
+    TensorSpec(name="images", dtype="float32", shape=("batch", 3, 8, 8)),
+    TensorSpec(name="mask", dtype="int64", shape=("batch", "tokens")),
+)
+AXES = {"batch": AxisRange(least=1, usual=2, most=4), "tokens": AxisRange(least=8, usual=128, most=512)}
+
+
+def _plan(backend: str, scheme: Scheme = "int8-static") -> TensorPlan:
+    predicted = TensorPrediction(
+        file_bytes=0, weights_bytes=0, activation_bytes=0, runtime_bytes=0, peak_memory_bytes=0
+    )
+    return TensorPlan(backend=backend, scheme=scheme, axes=AXES, predicted=predicted)
+
+
+def test_tensorrt_computes_first_and_cuda_what_it_lacks(tmp_path: Path) -> None:
+    (first, options), (second, _) = gpu_providers(
+        _plan("tensorrt"), INPUTS, cache=tmp_path, workspace_bytes=1 << 30, dla_core=1
+    )
+    assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert options["trt_profile_min_shapes"] == "images:1x3x8x8,mask:1x8"
+    assert options["trt_profile_opt_shapes"] == "images:2x3x8x8,mask:2x128"
+    assert options["trt_profile_max_shapes"] == "images:4x3x8x8,mask:4x512"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
+    assert options["trt_max_workspace_size"] == str(1 << 30)
+    assert (options["trt_dla_enable"], options["trt_dla_core"]) == ("True", "1")
+    assert options["trt_int8_enable"] == "True"
+    assert "trt_fp16_enable" not in options
+    fixed = (TensorSpec(name="images", dtype="float32", shape=(1, 3, 8, 8)),)
+    ((_, plain), _) = gpu_providers(_plan("tensorrt", "fp16"), fixed, cache=tmp_path)
+    assert not [name for name in plain if "profile" in name]
+    assert plain["trt_fp16_enable"] == "True"
+
+
+def test_the_other_backends_have_their_own(tmp_path: Path) -> None:
+    ((name, options),) = gpu_providers(_plan("onnxruntime-cuda"), INPUTS, cache=tmp_path, memory_bytes=5, device=1)
+    assert name == "CUDAExecutionProvider"
+    assert options == {"device_id": "1", "arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": "5"}
+    ((name, options), _) = gpu_providers(_plan("tensorrt-rtx"), INPUTS, cache=tmp_path, workspace_bytes=7)
+    assert name == "NvTensorRTRTXExecutionProvider"
+    assert options["nv_profile_max_shapes"] == "images:4x3x8x8,mask:4x512"
+    assert (options["nv_runtime_cache_path"], options["nv_max_workspace_size"]) == (str(tmp_path), "7")
+
+
+def test_plans_that_no_gpu_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="made for onnxruntime-cpu"):
+        gpu_providers(_plan("onnxruntime-cpu"), INPUTS, cache=tmp_path)
+    with pytest.raises(UsageError, match="no option for FP8"):
+        gpu_providers(_plan("tensorrt", "fp8"), INPUTS, cache=tmp_path)
+    strange = (TensorSpec(name="x", dtype="float32", shape=("height",)),)
+    with pytest.raises(UsageError, match="dynamic axes height"):
+        gpu_providers(_plan("tensorrt"), strange, cache=tmp_path)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in import_onnxruntime().get_available_providers(), reason="this onnxruntime has CUDA"
+)
+def test_a_build_without_cuda_does_not_compute_silently(tiny: ModuleType, tmp_path: Path) -> None:
+    wanted = gpu_providers(_plan("onnxruntime-cuda"), INPUTS, cache=tmp_path)
+    available = import_onnxruntime().get_available_providers()
+    with pytest.raises(MissingPackageError, match=r"has no CUDAExecutionProvider.*onnxruntime-gpu"):
+        refuse_missing_providers(available, wanted)
+    session = open_onnx_session(tiny.float_graph(tmp_path / "m.onnx"), 1)
+    with pytest.raises(SessionError, match="could not start CUDAExecutionProvider, and CPUExecutionProvider would"):
+        check_providers(session.get_providers(), wanted)
+
+
+def test_what_was_asked_for_passes(tmp_path: Path) -> None:
+    wanted = gpu_providers(_plan("tensorrt"), INPUTS, cache=tmp_path)
+    taken = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    check_providers(taken, wanted)
+    refuse_missing_providers(taken, wanted)
+    with pytest.raises(
+        SessionError, match="could not start TensorrtExecutionProvider, and CUDAExecutionProvider would"
+    ):
+        check_providers(taken[1:], wanted)
