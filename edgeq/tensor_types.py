@@ -163,6 +163,7 @@ class TensorQuality(Record, frozen=True, kw_only=True):
         inputs: calls compared.
         outputs: one each.
         top1: share of inputs with the same largest class; None where there are no classes.
+        detection_map: mean average precision against what the float model detects; None for other tasks.
         metric: of the user's own function, artifact and float model; None if none was given.
         source: where the inputs come from, for people.
         sha256: of the inputs.
@@ -171,6 +172,7 @@ class TensorQuality(Record, frozen=True, kw_only=True):
     inputs: Count
     outputs: tuple[OutputQuality, ...]
     top1: Share | None = None
+    detection_map: Share | None = None
     metric: tuple[float, float] | None = None
     source: str
     sha256: Sha256
