@@ -200,7 +200,16 @@ def test_models_without_anything_in_common_are_refused(
 
 def layer(number: int, alone: float, accumulated: float) -> LayerError:
     name = f"model.encoder.layers.{number // 8}.attention.self.projection_{number}"
-    return LayerError(name, name, "MatMul", True, 0.999, accumulated, alone, 0.1)
+    return LayerError(
+        name=name,
+        node=name,
+        op_type="MatMul",
+        quantized=True,
+        cosine=0.999,
+        noise=accumulated,
+        alone=alone,
+        max_error=0.1,
+    )
 
 
 def texts(svg: bytes) -> list[str]:
