@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from edgeq.converters.checkpoint import Checkpoint
 from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.hub import Progress, download
+from edgeq.converters.onnx.skeleton import read_skeleton
 from edgeq.errors import SourceError, UnsupportedModelError, UsageError
 from edgeq.ggml_types import TYPES
 from edgeq.types import ModelSource
@@ -38,7 +40,8 @@ def resolve(
     A path that exists wins over a hub id of the same spelling. Weights are not read; see `weights_sha256`.
 
     Args:
-        ref: a hub id (``owner/name``), a folder with config.json and safetensors, or an f32, f16 or bf16 GGUF.
+        ref: a hub id (``owner/name``), a folder with config.json and safetensors, an f32, f16 or bf16 GGUF, or an
+            ONNX file.
         revision: of the hub id: branch, tag or commit.
         token: of the hub; see `edgeq.converters.hub.download`.
         cache: instead of the hub's own cache folder.
@@ -58,6 +61,8 @@ def resolve(
         try:
             if path.is_dir():
                 return _from_folder(path.resolve(), _named(path))
+            if path.suffix.lower() == ".onnx":
+                return _from_onnx(path.resolve())
             return _from_gguf(path.resolve())
         except OSError as error:
             raise _unreadable(error, path) from error
@@ -98,6 +103,9 @@ def weight_files(source: ModelSource) -> tuple[Path, ...]:
         SourceError: they are gone, or wrong.
     """
     path = Path(source.path)
+    if source.format == "onnx":
+        places = {weight.location for weight in read_skeleton(path).weights if weight.location is not None}
+        return (path, *(path.parent / place for place in sorted(places)))
     return (path,) if source.format == "gguf" else Checkpoint.open(path).files
 
 
@@ -129,6 +137,28 @@ def weights_sha256(source: ModelSource, progress: Progress | None = None) -> str
 
 def _named(path: Path) -> str:
     return path.resolve().name or str(path)
+
+
+# --- ONNX files -------------------------------------------------------------------------------------------------------
+
+# Of TensorProto.DataType.
+_ONNX_DTYPES = {1: "f32", 10: "f16", 16: "bf16"}
+
+
+def _from_onnx(path: Path) -> ModelSource:
+    skeleton = read_skeleton(path)
+    counts: Counter[str] = Counter()
+    for weight in skeleton.weights:
+        if weight.element_type in _ONNX_DTYPES:
+            counts[_ONNX_DTYPES[weight.element_type]] += math.prod(weight.dims)
+    return ModelSource(
+        id=_named(path),
+        path=str(path),
+        format="onnx",
+        architecture="onnx",
+        n_params=sum(counts.values()),
+        dtype=counts.most_common(1)[0][0] if counts else "f32",
+    )
 
 
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------

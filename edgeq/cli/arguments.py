@@ -46,6 +46,12 @@ def whole_number(text: str) -> int:
     return value
 
 
+def read_path(text: str) -> Path:
+    """A file as `read_file` takes it, or a folder."""
+    path = Path(text)
+    return path if path.is_dir() else read_file(text)
+
+
 def read_file(text: str) -> Path:
     """A file that is there and can be read, for argparse: found out before hours of work that need it at their end.
 

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from edgeq.cli.arguments import add_json_argument
 from edgeq.cli.model_arguments import add_model_arguments, device_of, job_from
+from edgeq.cli.tensor_arguments import (
+    add_tensor_arguments,
+    refuse_language_options,
+    refuse_tensor_options,
+    tensor_job_from,
+)
 
 EXAMPLES = """\
 edgeq convert HuggingFaceTB/SmolLM2-135M-Instruct --target jetson-orin -o smollm2
@@ -18,12 +24,15 @@ edgeq convert ./model --target laptop-cpu --max-size 100MB --max-kld 0.05 -o bun
 edgeq convert ./model --target laptop-cpu --quant q4_k_m --tensor-type 'attn_v=q8_0' -o bundle
 edgeq convert ./model --target laptop-cpu --recipe recipe.yaml --imatrix model.imatrix.gguf -o bundle
 edgeq convert ./unknown-model --target laptop-cpu --llama-cpp ~/llama.cpp -o bundle
+edgeq convert ./resnet-50 --target laptop-cpu --calibration ./photos -o camera
+edgeq convert detector.onnx --target jetson-orin --precision int8 --calibration inputs.npz -o detector
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_model_arguments(parser)
+    add_tensor_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="the bundle (default: MODEL-DEVICE here)")
     parser.add_argument("--force", action="store_true", help="replace the bundle that is there, and its reports")
     add_json_argument(parser)
@@ -31,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def default_output(model: str, target: str) -> Path:
     """``SmolLM2-135M-Instruct-jetson-orin`` for that model and target."""
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf").removesuffix(".onnx") or "model"
     return Path(f"{name}-{Path(target).stem}")
 
 
@@ -44,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.planner.convert import convert
 
     out = args.output or default_output(args.model, device_of(args))
+    if _is_called_with_arrays(args):
+        return _convert_tensor(args, out)
+    refuse_tensor_options(args)
     job = job_from(args)
     with Progress(sys.stderr) as progress:
         bundle = convert(
@@ -64,4 +76,37 @@ def run(args: argparse.Namespace) -> int:
         [f"wrote {bundle.path}", f"next: edgeq bench {shlex.quote(str(bundle.path))}"],
     )
     show_lines(lines)
+    return 0
+
+
+def _is_called_with_arrays(args: argparse.Namespace) -> bool:
+    from edgeq.cli.progress import Progress
+    from edgeq.converters.source import resolve
+    from edgeq.planner.kinds import is_called_with_arrays
+
+    with Progress(sys.stderr) as progress:
+        source = resolve(args.model, revision=args.revision, progress=lambda d, t, name: progress(d, t, "download"))
+    return is_called_with_arrays(source, task=args.task)
+
+
+def _convert_tensor(args: argparse.Namespace, out: Path) -> int:
+    from edgeq.bundle import MANIFEST
+    from edgeq.cli.describe_tensor import tensor_lines
+    from edgeq.cli.output import show, show_lines
+    from edgeq.cli.progress import Progress
+    from edgeq.planner.tensors.convert import convert_tensor
+
+    refuse_language_options(args)
+    job = tensor_job_from(args, device_of(args))
+    with Progress(sys.stderr) as progress:
+        bundle = convert_tensor(
+            job,
+            out,
+            force=args.force,
+            progress=lambda stage, done, total, detail: progress(done, total, stage),
+        )
+    if args.json:
+        show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+        return 0
+    show_lines([*tensor_lines(bundle.tensor), "", f"wrote {bundle.path}"])
     return 0

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeq.cli.arguments import add_budget_arguments, budget_of, positive_int, read_file, thread_count, whole_number
+from edgeq.cli.arguments import (
+    add_budget_arguments,
+    budget_of,
+    positive_int,
+    read_file,
+    read_path,
+    thread_count,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from edgeq.planner.convert import Job
@@ -27,7 +35,9 @@ _SEARCH_ONLY = ("minimize", "estimator", "calibration", "calibration_tokens", "s
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the target, and everything that shapes a plan; `job_from` reads them."""
-    parser.add_argument("model", help="Hugging Face id, a folder with config.json and safetensors, or a float GGUF")
+    parser.add_argument(
+        "model", help="Hugging Face id, a folder with config.json and safetensors, a float GGUF, or an ONNX file"
+    )
     _add_device_arguments(parser)
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument(
@@ -115,7 +125,13 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "fisher", "imatrix"],
         help="of sensitivities: gradients (fisher, needs torch and a Hugging Face model) or measured probes (imatrix)",
     )
-    group.add_argument("--calibration", type=read_file, metavar="FILE", help="text; default: the model writes its own")
+    group.add_argument(
+        "--calibration",
+        type=read_path,
+        metavar="PATH",
+        help="text; default: the model writes its own. For models called with arrays a folder of images, a text file "
+        "with a text a line, a .npz file or a folder of them; default: random inputs, with a warning",
+    )
     group.add_argument("--calibration-tokens", type=positive_int, metavar="N", help="of calibration text (10240)")
     group.add_argument(
         "--imatrix",

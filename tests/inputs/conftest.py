@@ -20,6 +20,7 @@ def photo() -> Photo:
         y, x = np.mgrid[0:height, 0:width]
         waves = [np.sin(x / rng.uniform(5, 90) + c) + np.cos(y / rng.uniform(5, 90)) for c in range(3)]
         image = np.stack(waves, axis=-1) * 55 + 128 + (x > width / 3)[..., None] * 40
-        return np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
+        noisy: npt.NDArray[np.uint8] = np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
+        return noisy
 
     return make

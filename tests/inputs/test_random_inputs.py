@@ -19,7 +19,7 @@ TEXT = artifact(
     ("token_type_ids", "int32", ("batch", "sequence")),
     ("position_ids", "int64", ("batch", "sequence")),
 )
-RANGES = {"batch": AxisRange(least=1, usual=2, most=8), "sequence": 6}
+RANGES: dict[str, AxisRange | int] = {"batch": AxisRange(least=1, usual=2, most=8), "sequence": 6}
 
 
 def test_texts() -> None:

@@ -103,7 +103,7 @@ def test_a_model_without_a_padding_token(tmp_path: Path) -> None:
 
 def test_threads_with_different_limits_do_not_disturb_each_other(encoder: TextEncoder) -> None:
     def width(limit: int) -> int:
-        return encoder(TEXTS, limit)["input_ids"].shape[1]
+        return int(encoder(TEXTS, limit)["input_ids"].shape[1])
 
     limits = [8, 16, 32, 64] * 25
     with ThreadPoolExecutor(4) as pool:

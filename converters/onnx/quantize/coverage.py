@@ -62,6 +62,8 @@ _INT8 = frozenset(
 _CONVOLUTIONS = frozenset({"Conv", "ConvInteger", "FusedConv", "NhwcFusedConv", "QLinearConv"})
 # What a weight may lie behind.
 _FORMS = frozenset({"Cast", "DequantizeLinear", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "ReorderInput"})
+# They keep the shape of their first input.
+_ROUNDING = frozenset({"Cast", "DequantizeLinear", "DynamicQuantizeLinear", "Identity", "QuantizeLinear"})
 _NAMED = 8  # nodes that an error names
 
 
@@ -285,8 +287,22 @@ def _positions(node: ir.Node, shapes: Mapping[str | None, tuple[int, ...]]) -> i
     sizes = None if source is None else shapes.get(source.name)
     if sizes is None and source is not None and source.shape is not None:
         sizes = _sizes(source, {})
+    if sizes is None and node.op_type not in _CONVOLUTIONS:
+        sizes = _before(node.inputs[0], shapes)  # a product has as many rows as what it reads
     if sizes is None:
         raise SourceError(f"The shape at {node.op_type} {node.name!r} is not known", "Give sizes for all dynamic axes")
     if node.op_type in _CONVOLUTIONS or node.op_type == "ConvTranspose":
         return math.prod((sizes[0], *sizes[2:]))
     return math.prod(sizes[:-1])
+
+
+def _before(value: ir.Value | None, shapes: Mapping[str | None, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The sizes of a value, or of what it was rounded from: operators of ONNX Runtime's own have none in the file."""
+    while value is not None:
+        if value.name in shapes:
+            return shapes[value.name]
+        maker = value.producer()
+        if maker is None or maker.op_type not in _ROUNDING:
+            return None
+        value = maker.inputs[0]
+    return None

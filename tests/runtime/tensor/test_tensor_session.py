@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -127,21 +128,30 @@ def test_a_failure_of_the_runtime_is_one_line(tmp_path: Path) -> None:
             binding.run()
 
 
+def _note(done: list[int], index: int, _: object) -> None:
+    done.append(index)
+
+
 def test_run_async_keeps_the_order_and_raises_by_its_future(session: TensorSession, reference: Any) -> None:
     inputs = [rows(1) for _ in range(20)]
     futures = [session.run_async({"x": x}) for x in inputs]
     done: list[int] = []
     for index, future in enumerate(futures):
-        future.add_done_callback(lambda _, index=index: done.append(index))
+        future.add_done_callback(functools.partial(_note, done, index))
     for future, x in zip(futures, inputs, strict=True):
         assert_same(future.result(60), reference(x))
     assert sorted(done) == list(range(20))
 
 
-def test_run_batch_joins_calls(session: TensorSession, reference: Any) -> None:
+def test_run_batch_joins_calls(session: TensorSession, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     run = session.run
-    session.run = lambda inputs: (seen.append(len(inputs["x"])), run(inputs))[1]  # type: ignore[method-assign]
+
+    def watched(inputs: Mapping[str, Any]) -> Any:
+        seen.append(len(inputs["x"]))
+        return run(inputs)
+
+    monkeypatch.setattr(session, "run", watched)
     counts = [1, 2, 3, 1, 6, 1, 1]
     calls = [{"x": rows(count)} for count in counts]
     results = session.run_batch(calls)

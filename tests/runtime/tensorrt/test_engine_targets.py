@@ -143,7 +143,7 @@ def test_the_real_driver_copies_there_and_back() -> None:
     driver.enter()
     stream, device, host = driver.create_stream(), driver.allocate(64), driver.allocate_host(64)
     data = (ctypes.c_uint8 * 64).from_address(host)
-    data[:] = range(64)
+    data[:] = list(range(64))
     driver.to_device(device, host, 64, stream)
     driver.wait(stream)
     ctypes.memset(host, 0, 64)

@@ -1,0 +1,118 @@
+"""Tensor bundles as lines for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgeq.cli.describe import sections
+from edgeq.cli.tables import format_table
+from edgeq.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgeq.converters.onnx.layers import LayerError
+    from edgeq.tensor_types import Coverage, TensorManifest, TensorQuality, TensorSpec
+
+__all__ = ["layer_lines", "tensor_lines"]
+
+_MOST_LEFT = 8
+
+
+def tensor_lines(manifest: TensorManifest) -> list[str]:
+    """The model, the decisions, what is quantized, how near it is, and what it takes."""
+    return sections(
+        _head(manifest),
+        [] if manifest.coverage is None else _coverage(manifest.coverage),
+        [] if manifest.quality is None else _quality(manifest.quality),
+        _prediction(manifest),
+    )
+
+
+def _head(manifest: TensorManifest) -> list[str]:
+    source, artifact, plan = manifest.source, manifest.artifact, manifest.plan
+    activations = {"u8": ", unsigned activations", "s8": ", signed activations", None: ""}[plan.activations]
+    speed = "" if plan.speedup is None else f", {plan.speedup:.2f} times as fast as the float model here"
+    lines = [
+        f"model    {source.id}, {source.architecture}, {source.n_params / 1e6:.1f} M weights, {artifact.task}",
+        f"takes    {'; '.join(_spec(spec) for spec in artifact.inputs)}",
+        f"gives    {'; '.join(_spec(spec) for spec in artifact.outputs)}",
+        f"plan     {plan.scheme}{activations}, for {plan.backend} of {manifest.built_for}{speed}",
+    ]
+    for name, sizes in plan.axes.items():
+        lines.append(f"axis     {name}: {sizes.least} to {sizes.most}, usually {sizes.usual}")
+    kept = list(plan.float_nodes.items())
+    lines += [f"floats   {name}: {reason}" for name, reason in kept[:_MOST_LEFT]]
+    if len(kept) > _MOST_LEFT:
+        lines.append(f"floats   and {len(kept) - _MOST_LEFT} more nodes")
+    lines += [f"rejected {item.option}: {item.reason}" for item in plan.rejected]
+    return lines + [f"note     {note}" for note in plan.notes]
+
+
+def _spec(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]"
+
+
+def layer_lines(layers: Sequence[LayerError]) -> list[str]:
+    """Every layer, with its own error and what has accumulated; the worst ones are marked."""
+    from edgeq.converters.onnx.layers import worst_layers
+
+    worst = {layer.name for layer in worst_layers(layers)}
+    rows = [
+        [
+            layer.name,
+            layer.op_type,
+            "int8" if layer.quantized else "",
+            _decibels(layer.alone_sqnr_db),
+            _decibels(layer.sqnr_db),
+            f"{layer.cosine:.4f}",
+            "<" if layer.name in worst else "",
+        ]
+        for layer in layers
+    ]
+    table = format_table(["layer", "operator", "", "alone", "accumulated", "cosine", ""], rows, right=[3, 4, 5])
+    return ["signal to noise of each layer alone, and of all up to it; < marks those that add most", *table]
+
+
+def _decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def _coverage(found: Coverage) -> list[str]:
+    rows = [
+        [
+            group.op_type,
+            group.precision,
+            str(group.nodes),
+            f"{group.macs / 1e6:.1f} M",
+            format_bytes(group.weight_bytes),
+        ]
+        for group in found.groups
+    ]
+    table = format_table(["operator", "computes in", "nodes", "multiply-adds", "weights"], rows, right=[2, 3, 4])
+    head = f"quantized: {found.weight_share:.1%} of the weights, {found.mac_share:.1%} of the multiply-adds"
+    left = [f"in floats: {', '.join(found.left[:_MOST_LEFT])}"] if found.left else []
+    return [head, *table, *left]
+
+
+def _quality(found: TensorQuality) -> list[str]:
+    rows = [
+        [
+            output.name,
+            f"{output.mean_cosine:.5f}",
+            f"{output.min_cosine:.5f}",
+            "exact" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
+            f"{output.max_error:.3g}",
+        ]
+        for output in found.outputs
+    ]
+    table = format_table(["output", "cosine", "worst", "SQNR", "largest error"], rows, right=[1, 2, 3, 4])
+    top1 = "" if found.top1 is None else f", the same class for {found.top1:.1%}"
+    return [f"against the float model on {found.inputs} inputs of {found.source}{top1}", *table]
+
+
+def _prediction(manifest: TensorManifest) -> list[str]:
+    predicted = manifest.plan.predicted
+    latency = "" if predicted.latency_ms is None else f", {predicted.latency_ms:.1f} ms a call"
+    file, peak = format_bytes(predicted.file_bytes), format_bytes(predicted.peak_memory_bytes)
+    return [f"predicted: file {file}, peak memory {peak}{latency}"]

@@ -1,0 +1,65 @@
+"""Which nodes compute in 8 bits: the exact choice by measured errors and measured times."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from edgeq.planner.knapsack import Item, Limits, Option
+from edgeq.planner.solver import solve
+
+__all__ = ["NodeCost", "choose_float_nodes", "error_of_cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeCost:
+    """What is known of one quantizable node.
+
+    Attributes:
+        name: of it.
+        error: relative squared error at the outputs when it alone is quantized.
+        float_us: time in floats.
+        int8_us: time in 8 bits, with the conversions that it brings.
+        float_bytes: of its weight.
+        int8_bytes: likewise.
+    """
+
+    name: str
+    error: float
+    float_us: float
+    int8_us: float
+    float_bytes: int
+    int8_bytes: int
+
+
+def error_of_cosine(cosine: float) -> float:
+    """The relative squared error at which an independent error leaves that cosine: 1/cos² - 1."""
+    return 1.0 / cosine**2 - 1.0
+
+
+def choose_float_nodes(
+    costs: Sequence[NodeCost], *, max_error: float, fixed: Mapping[str, str] | None = None
+) -> set[str]:
+    """The nodes to leave in floats, so that the model is as fast as it can be within an error.
+
+    Args:
+        costs: of every node.
+        max_error: of the sum of single errors.
+        fixed: node to ``"fp32"`` or ``"int8"`` where the user has decided.
+
+    Raises:
+        Infeasible: nodes that are fixed to 8 bits have more error than that.
+    """
+    items = [_item(cost, (fixed or {}).get(cost.name)) for cost in costs]
+    if not items:
+        return set()
+    chosen = solve(items, Limits(kld=max_error), "ns")
+    return {name for name, kind in chosen.types.items() if kind == "fp32"}
+
+
+def _item(cost: NodeCost, fixed: str | None) -> Item:
+    options = (
+        Option("int8", cost.int8_bytes, cost.int8_bytes, 1e3 * cost.int8_us, cost.error),
+        Option("fp32", cost.float_bytes, cost.float_bytes, 1e3 * cost.float_us, 0.0),
+    )
+    return Item(cost.name, tuple(option for option in options if fixed in (None, option.type)))

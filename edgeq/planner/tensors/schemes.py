@@ -1,0 +1,109 @@
+"""What a device can compute a model in, and why it cannot compute it in something else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from edgeq.errors import UsageError
+from edgeq.planner.tensors.job import Precision
+from edgeq.profiles.device import Backend, DeviceProfile
+from edgeq.tensor_types import Scheme
+
+__all__ = ["TENSOR_BACKENDS", "activations_of", "choose_backend", "schemes_for"]
+
+TENSOR_BACKENDS = ("onnxruntime-cpu", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+_BY_PRECISION: dict[Precision, tuple[Scheme, ...]] = {
+    "fp32": ("fp32",),
+    "fp16": ("fp16",),
+    "int8": ("int8-static", "int8-dynamic"),
+    "int8-static": ("int8-static",),
+    "int8-dynamic": ("int8-dynamic",),
+    "int8-weights": ("int8-weights",),
+    "int4-weights": ("int4-weights",),
+    "fp8": ("fp8",),
+}
+_ON_CPU: tuple[Scheme, ...] = ("fp32", "int8-static", "int8-dynamic", "int8-weights", "int4-weights")
+_ON_TENSORRT: tuple[Scheme, ...] = ("fp32", "fp16", "int8-static", "fp8")
+# What a profile must list under precisions for a scheme.
+_NEEDS: dict[Scheme, str] = {
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "int8-static": "int8",
+    "int8-dynamic": "int8",
+    "int8-weights": "int8",
+    "int4-weights": "int4",
+    "fp8": "fp8",
+}
+# The fastest first; a scheme that is not tried unasked is not here.
+_AUTO: dict[bool, tuple[Scheme, ...]] = {
+    True: ("int8-static", "fp16", "fp32"),
+    False: ("int8-static", "int8-dynamic", "fp32"),
+}
+
+
+def choose_backend(profile: DeviceProfile, wanted: str | None) -> Backend:
+    """The backend that a tensor model is made for.
+
+    Args:
+        profile: the device.
+        wanted: its name; None for the profile's first that runs ONNX models.
+
+    Raises:
+        UsageError: the device has no such backend.
+    """
+    there = [backend for backend in profile.backends if backend.name in TENSOR_BACKENDS]
+    names = ", ".join(backend.name for backend in there) or "none"
+    if not there:
+        raise UsageError(
+            f"{profile.name} has no backend for models that are called with arrays",
+            f"Add one of {', '.join(TENSOR_BACKENDS)} under backends in its profile",
+        )
+    if wanted is None:
+        return there[0]
+    found = next((backend for backend in there if backend.name == wanted), None)
+    if found is None:
+        raise UsageError(f"{profile.name} has no backend {wanted!r}", f"Choose one of {names}")
+    return found
+
+
+def schemes_for(profile: DeviceProfile, backend: Backend, precision: Precision) -> tuple[Scheme, ...]:
+    """Schemes to try, in the order of preference; the float model is always one of them for ``"auto"``.
+
+    Raises:
+        UsageError: the device cannot compute in that precision, with the reason.
+    """
+    on_gpu = backend.on_gpu
+    able = [scheme for scheme in (_ON_TENSORRT if on_gpu else _ON_CPU) if _NEEDS[scheme] in _known(backend)]
+    if precision == "auto":
+        return tuple(scheme for scheme in _AUTO[on_gpu] if scheme in able)
+    found: tuple[Scheme, ...] = tuple(scheme for scheme in _BY_PRECISION[precision] if scheme in able)
+    if found:
+        return found
+    raise UsageError(
+        f"{profile.name} cannot run {precision} with {backend.name}: {_reason(profile, backend, precision)}",
+        f"Choose one of auto, {', '.join(dict.fromkeys(scheme for scheme in able))}",
+    )
+
+
+def _known(backend: Backend) -> Sequence[str]:
+    """Precisions; every backend runs FP32."""
+    return ("fp32", *backend.precisions)
+
+
+def _reason(profile: DeviceProfile, backend: Backend, precision: Precision) -> str:
+    if precision == "fp8" and profile.gpu is not None:
+        return f"FP8 needs compute capability 8.9, its GPU has {profile.gpu.compute_capability}"
+    if precision == "fp16" and not backend.on_gpu:
+        return "ONNX Runtime computes FP16 in FP32 on a CPU"
+    if precision in ("int8-dynamic", "int8-weights", "int4-weights") and backend.on_gpu:
+        return "TensorRT takes explicit Q/DQ with fixed scales"
+    return f"its precisions there are {', '.join(backend.precisions)}"
+
+
+def activations_of(profile: DeviceProfile, backend: Backend) -> Literal["u8", "s8"]:
+    """The kind of INT8 activation that the device's kernels are fast with.
+
+    x86 multiplies unsigned by signed bytes; ARM's dot products and TensorRT take signed ones alone.
+    """
+    return "u8" if not backend.on_gpu and profile.arch != "aarch64" else "s8"

@@ -1,0 +1,201 @@
+"""How long ONNX models take here, compared so that a noisy machine cannot decide: in turns, by medians of ratios.
+
+A single figure of a noisy machine means little. Models that take turns meet the same disturbances, so the ratio of two
+neighbouring calls stands where both times move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import SessionError
+from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options, open_onnx_session
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["Kernel", "Timing", "kernel_times", "time_in_turns"]
+
+Call = Mapping[str, NDArray[np.generic]]
+
+_WARM_UP = 2
+_MOST_SECONDS = 20.0
+_FEWEST_ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One model among others that took turns with it.
+
+    Attributes:
+        ms: median of its calls.
+        cpu_ms: median of the processor time of its calls, over all threads.
+        ratio: median over the rounds of its time over the first model's.
+        cpu_ratio: likewise of the processor time, which other programs disturb less.
+        rounds: calls.
+    """
+
+    ms: float
+    cpu_ms: float
+    ratio: float
+    cpu_ratio: float
+    rounds: int
+
+    @property
+    def slowness(self) -> float:
+        """The larger ratio: on a busy machine threads that wait for each other flatter whoever uses fewer of them."""
+        return max(self.ratio, self.cpu_ratio)
+
+
+def time_in_turns(
+    models: Sequence[Path],
+    calls: Sequence[Call],
+    *,
+    threads: int,
+    disabled_optimizers: Sequence[Sequence[str]] | None = None,
+    rounds: int = 15,
+    most_seconds: float = _MOST_SECONDS,
+) -> tuple[Timing, ...]:
+    """Time models with the same inputs, one call each in turn.
+
+    Args:
+        models: ONNX files; the first is what the others are compared with.
+        calls: inputs, which follow each other; all models get the same one in a round.
+        threads: of a call.
+        disabled_optimizers: of ONNX Runtime, for each model; None for none at all.
+        rounds: at most; at least five whatever they take.
+        most_seconds: to stop after.
+
+    Raises:
+        SessionError: a model cannot be loaded.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    disabled = disabled_optimizers or [()] * len(models)
+    sessions = [
+        open_onnx_session(model, threads, disabled_optimizers=off) for model, off in zip(models, disabled, strict=True)
+    ]
+    for session in sessions:
+        for _ in range(_WARM_UP):
+            session.run(None, dict(calls[0]))
+    walls: list[list[float]] = [[] for _ in sessions]
+    busy: list[list[float]] = [[] for _ in sessions]
+    start = time.monotonic()
+    for turn in range(rounds):
+        feeds = dict(calls[turn % len(calls)])
+        for index, session in enumerate(sessions):
+            wall, cpu = time.perf_counter(), time.process_time()
+            session.run(None, feeds)
+            walls[index].append(1e3 * (time.perf_counter() - wall))
+            busy[index].append(1e3 * (time.process_time() - cpu))
+        if turn + 1 >= _FEWEST_ROUNDS and time.monotonic() - start > most_seconds:
+            break
+    return tuple(
+        Timing(
+            ms=statistics.median(wall),
+            cpu_ms=statistics.median(cpu),
+            ratio=statistics.median(a / b for a, b in zip(wall, walls[0], strict=True)),
+            cpu_ratio=statistics.median(a / b for a, b in zip(cpu, busy[0], strict=True)),
+            rounds=len(wall),
+        )
+        for wall, cpu in zip(walls, busy, strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One node of the graph that ONNX Runtime executes.
+
+    Attributes:
+        name: of the executed node.
+        op_type: of it.
+        outputs: names of the tensors that it makes.
+        us: median time.
+    """
+
+    name: str
+    op_type: str
+    outputs: tuple[str, ...]
+    us: float
+
+
+def kernel_times(
+    model: Path, calls: Sequence[Call], *, threads: int, disabled_optimizers: Sequence[str] = (), runs: int = 12
+) -> tuple[Kernel, ...]:
+    """Time every node of the graph that ONNX Runtime makes of a model, by its own profiler.
+
+    Args:
+        model: an ONNX file.
+        calls: inputs, in turn.
+        threads: of a call.
+        disabled_optimizers: of ONNX Runtime.
+        runs: calls, after one that is not counted.
+
+    Raises:
+        SessionError: the model cannot be loaded.
+        MissingPackageError: onnx or onnxruntime is not installed.
+    """
+    with _profiled(model, threads, disabled_optimizers) as (session, executed, trace):
+        for turn in range(runs + 1):
+            session.run(None, dict(calls[turn % len(calls)]))
+        events: list[dict[str, Any]] = json.loads(trace().read_text(encoding="utf-8"))
+        outputs = _outputs(executed)
+    times: dict[str, list[float]] = {}
+    types: dict[str, str] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            node = name.removesuffix("_kernel_time")
+            times.setdefault(node, []).append(float(event["dur"]))
+            types[node] = str(event["args"]["op_name"])
+    return tuple(
+        Kernel(name, types[name], outputs.get(name, ()), statistics.median(found[1:] or found))
+        for name, found in times.items()
+    )
+
+
+@contextlib.contextmanager
+def _profiled(
+    model: Path, threads: int, disabled: Sequence[str]
+) -> Iterator[tuple[onnxruntime.InferenceSession, Path, Any]]:
+    """A session that records its kernels, the graph that it executes, and how to get the record."""
+    with tempfile.TemporaryDirectory(prefix="edgeq-kernels-") as name:
+        folder = Path(name)
+        executed = folder / "executed.onnx"
+        options = onnx_session_options(threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(folder / "trace")
+        options.optimized_model_filepath = str(executed)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "executed.data")
+        session = _open(model, options, disabled)
+        yield session, executed, lambda: Path(session.end_profiling())
+
+
+def _open(model: Path, options: onnxruntime.SessionOptions, disabled: Sequence[str]) -> onnxruntime.InferenceSession:
+    ort = import_onnxruntime()
+    try:
+        session: onnxruntime.InferenceSession = ort.InferenceSession(
+            str(model), options, providers=list(PROVIDERS), disabled_optimizers=list(disabled)
+        )
+    except Exception as error:  # its exceptions have no common base but Exception
+        reason = " ".join(str(error).split())
+        raise SessionError(f"ONNX Runtime cannot load {model.name}: {reason}", "Export it again") from error
+    return session
+
+
+def _outputs(executed: Path) -> dict[str, tuple[str, ...]]:
+    """Names of the tensors that each node of a graph makes."""
+    from edgeq.converters.onnx.skeleton import read_skeleton
+
+    graph = read_skeleton(executed).model.graph
+    return {node.name: tuple(node.output) for node in graph.node}
