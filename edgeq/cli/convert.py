@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeq.cli.arguments import add_json_argument
 from edgeq.cli.model_arguments import add_model_arguments, device_of, job_from
@@ -15,6 +16,9 @@ from edgeq.cli.tensor_arguments import (
     refuse_tensor_options,
     tensor_job_from,
 )
+
+if TYPE_CHECKING:
+    from edgeq.planner.tensors.job import TensorJob
 
 EXAMPLES = """\
 edgeq convert HuggingFaceTB/SmolLM2-135M-Instruct --target jetson-orin -o smollm2
@@ -51,12 +55,17 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
     from edgeq.planner.convert import convert
+    from edgeq.planner.job import profile_of
+    from edgeq.planner.output import settled_output
 
     out = args.output or default_output(args.model, device_of(args))
+    # What makes no sense is refused before a model is looked for, and perhaps downloaded.
+    job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
+    settled_output(out, force=args.force)
+    profile_of(job)
     if _is_called_with_arrays(args):
-        return _convert_tensor(args, out)
+        return _convert_tensor(args, tensor_job, out)
     refuse_tensor_options(args)
-    job = job_from(args)
     with Progress(sys.stderr) as progress:
         bundle = convert(
             job,
@@ -89,7 +98,7 @@ def _is_called_with_arrays(args: argparse.Namespace) -> bool:
     return is_called_with_arrays(source, task=args.task)
 
 
-def _convert_tensor(args: argparse.Namespace, out: Path) -> int:
+def _convert_tensor(args: argparse.Namespace, job: TensorJob, out: Path) -> int:
     from edgeq.bundle import MANIFEST
     from edgeq.cli.describe_tensor import tensor_lines
     from edgeq.cli.output import show, show_lines
@@ -97,7 +106,6 @@ def _convert_tensor(args: argparse.Namespace, out: Path) -> int:
     from edgeq.planner.tensors.convert import convert_tensor
 
     refuse_language_options(args)
-    job = tensor_job_from(args, device_of(args))
     with Progress(sys.stderr) as progress:
         bundle = convert_tensor(
             job,

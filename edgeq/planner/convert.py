@@ -51,11 +51,12 @@ from edgeq.planner.decide import (
 from edgeq.planner.early_checks import check_texts
 from edgeq.planner.inspection import Inspector, judged_plan
 from edgeq.planner.job import Job, idle_notes, is_float, is_judged, power_note, profile_of
+from edgeq.planner.output import settled_output
 from edgeq.planner.plan import make_plan
 from edgeq.planner.problem import Problem, pose
 from edgeq.planner.search import Demand
 from edgeq.profiles.device import DeviceProfile
-from edgeq.staging import publish, refuse_occupied, staging_folder
+from edgeq.staging import publish, staging_folder
 from edgeq.types import Budget, Manifest, ModelSource, Plan, Quality, SmokeCheck, Target, merge_budgets
 
 __all__ = ["Job", "convert", "plan_only"]
@@ -109,8 +110,7 @@ def convert(job: Job, out: Path, *, force: bool = False, progress: Progress = _s
     Raises:
         EdgeqError: anything that `edgeq.errors` names; nothing is left behind.
     """
-    target = _settle(out)
-    refuse_occupied(target, force=force, marker=MANIFEST, check=refuse_strangers)
+    target = settled_output(out, force=force)
     source = _resolve(job, progress)
     stamps = _stamp_weights(source)
     _refuse_own_source(source, list(stamps), target)
@@ -145,21 +145,6 @@ def plan_only(
         if look is not None and decided.posed is not None:
             look(*decided.posed, decided.plan)
     return decided.source, decided.profile, decided.plan
-
-
-def _settle(out: Path) -> Path:
-    """The output as an absolute path whose last part is its name, so that it stays the same folder all the way."""
-    whole = out.name in {"", ".."}
-    try:
-        target = Path(os.path.realpath(out)) if whole else Path(os.path.realpath(out.parent)) / out.name
-        target.name.encode()  # a manifest is JSON, and names its bundle
-    except FileNotFoundError as error:
-        raise ConversionError(
-            "The current folder was deleted", "Change into one that exists, or give a full path with -o"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise UsageError(f"The output's name {out.name!a} is not UTF-8", "Choose another one with -o") from error
-    return target
 
 
 def _resolve(job: Job, progress: Progress) -> ModelSource:

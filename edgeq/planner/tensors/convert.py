@@ -33,6 +33,7 @@ from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.source import resolve, weights_sha256
 from edgeq.errors import UsageError
+from edgeq.planner.output import settled_output
 from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, MODEL_FILE, Candidate, Workbench
 from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
 from edgeq.planner.tensors.job import TensorJob
@@ -42,7 +43,7 @@ from edgeq.planner.tensors.schemes import activations_of, choose_backend, scheme
 from edgeq.planner.tensors.verify import verify_bundle
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
 from edgeq.profiles.loader import load_profile
-from edgeq.staging import publish, refuse_occupied, staging_folder
+from edgeq.staging import publish, staging_folder
 from edgeq.tensor_types import AxisRange, TensorArtifact, TensorManifest, TensorPlan
 from edgeq.types import Budget, BundleFile, ModelSource, Target, merge_budgets, to_json
 
@@ -89,8 +90,7 @@ def convert_tensor(job: TensorJob, out: Path, *, force: bool = False, progress: 
     Raises:
         EdgeqError: anything that `edgeq.errors` names; nothing is left behind.
     """
-    target = out.absolute()
-    refuse_occupied(target, force=force, marker=MANIFEST, check=refuse_strangers)
+    target = settled_output(out, force=force)
     profile = load_profile(job.target)
     profile = profile if job.power_mode is None else power_mode_of(profile, job.power_mode)
     backend = choose_backend(profile, job.backend)
