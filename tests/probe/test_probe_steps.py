@@ -60,6 +60,7 @@ def test_a_probed_machine_has_a_profile_that_predicts(
     assert "--force" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_file_the_profile_is_the_result(few_types: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "probe", "--seconds", "1", "--threads", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

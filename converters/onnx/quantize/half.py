@@ -68,6 +68,9 @@ def to_half(
     for node in tuple(editor.graph):
         halver.convert(node)
     halver.outputs()
+    # Declared types of values that moved would contradict their operators; they follow from those anyway.
+    for value in [value for node in editor.graph for value in node.outputs if not value.is_graph_output()]:
+        value.type, value.shape = None, None
     save_model(editor, out)
     if not halver.cut:
         return ()
