@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,6 +219,4 @@ def _lines(
             lines.append("checked  not here: this machine has no such GPU; it is checked there before it first serves")
         else:
             lines.append(f"checked  {check.inputs} inputs against the graph, cosine {check.min_cosine:.5f} or better")
-    if args.output is None:
-        lines.append(f"next: edgeq bench {shlex.quote(str(args.bundle))}")
     return lines

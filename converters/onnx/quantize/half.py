@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HalfType", "to_half"]
 
+_LEAST_HALF = 2.0**-24  # the least of float16 that is not zero
+
 HalfType = Literal["float16", "bfloat16"]
 
 # Sums of squares and of many elements, exponentials and their inverses: beyond 65,504 or below 6e-8 in FP16.
@@ -161,6 +163,7 @@ class _Halver:
         name = f"{value.name}_{'half' if half else 'float'}"
         array = array_of(value)
         if array is not None and half:
+            self._refuse_vanishing(value, array, reader)
             made = self.editor.constant(name, self._rounded(array, value.name or ""), dtype)
         else:
             cast = self.editor.node("Cast", [value], name, before=reader, attributes={"to": dtype.value}, like=value)
@@ -169,6 +172,15 @@ class _Halver:
         if half:
             self.halves.add(made)
         return made
+
+    def _refuse_vanishing(self, value: ir.Value, array: NDArray[Any], reader: ir.Node | None) -> None:
+        """A scale of zero would make every number of its tensor zero."""
+        is_scale = reader is not None and reader.op_type in _GRIDS and value in reader.inputs[1:2]
+        if is_scale and self.dtype == "float16" and ((array != 0) & (np.abs(array) < _LEAST_HALF)).any():
+            raise ConversionError(
+                f"The scale {value.name!r} is {float(np.abs(array).min()):.2g}, which is nothing in FP16",
+                "Keep what it rounds in floats, or check the weights: signals of that size are dead",
+            )
 
     def _rounded(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         import ml_dtypes

@@ -32,7 +32,7 @@ from edgeq.converters.onnx.layers import compare_layers
 from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.source import resolve, weights_sha256
-from edgeq.errors import UsageError
+from edgeq.errors import BudgetError, UsageError
 from edgeq.planner.output import settled_output
 from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, MODEL_FILE, Candidate, Workbench
 from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
@@ -46,6 +46,7 @@ from edgeq.profiles.loader import load_profile
 from edgeq.staging import publish, staging_folder
 from edgeq.tensor_types import AxisRange, TensorArtifact, TensorManifest, TensorPlan
 from edgeq.types import Budget, BundleFile, ModelSource, Target, merge_budgets, to_json
+from edgeq.units import format_bytes
 
 __all__ = ["convert_tensor"]
 
@@ -127,6 +128,11 @@ def _exported(job: TensorJob, source: ModelSource, work: Path, progress: Progres
     folder = work / "float"
     folder.mkdir()
     if source.format == "onnx":
+        if job.shapes or job.task is not None:
+            raise UsageError(
+                "--shape and --task are for models that are exported, and this is an ONNX file",
+                "Leave them out, or give the Hugging Face folder",
+            )
         return adopt_onnx(Path(source.path), folder / MODEL_FILE)
     return export_model(
         Path(source.path),
@@ -268,6 +274,14 @@ def _plan(made: _Made, samples: Samples, folder: Path) -> TensorPlan:
     speedup = None
     if decision.timing is not None and decision.float_timing is not None:
         speedup = 1 / decision.timing.slowness
+    predicted, unknown = predict(folder / MODEL_FILE, made.profile, made.backend, made.axes)
+    limit = made.budget.peak_memory_bytes
+    if limit is not None and predicted.peak_memory_bytes > limit:
+        raise BudgetError(
+            f"{chosen.label} takes {format_bytes(predicted.peak_memory_bytes)} at its peak, the limit is "
+            f"{format_bytes(limit)}",
+            "Raise --max-memory, choose a smaller --precision, or fix smaller sizes with --shape",
+        )
     return TensorPlan(
         backend=made.backend.name,
         scheme=chosen.scheme,
@@ -276,10 +290,10 @@ def _plan(made: _Made, samples: Samples, folder: Path) -> TensorPlan:
         axes=dict(made.axes),
         threads=made.threads,
         disabled_optimizers=DISABLED_OPTIMIZERS if on_cpu else (),
-        predicted=predict(folder / MODEL_FILE, made.profile, made.backend, made.axes),
+        predicted=predicted,
         speedup=speedup,
         rejected=decision.rejected,
-        notes=(*made.exported.notes, *samples.notes, *_narrow_note(made), *decision.notes),
+        notes=(*made.exported.notes, *samples.notes, *_narrow_note(made), *unknown, *decision.notes),
     )
 
 

@@ -12,9 +12,10 @@ import pytest
 import edgeq
 from edgeq.bundle import open_bundle
 from edgeq.cli import main
-from edgeq.errors import ConversionError, EdgeqError, UsageError
+from edgeq.errors import BudgetError, ConversionError, EdgeqError, UsageError
 from edgeq.planner.tensors.convert import convert_tensor
 from edgeq.planner.tensors.job import Calibration, Gate, Precision, TensorJob
+from edgeq.types import Budget
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -164,6 +165,17 @@ def test_wrong_options_are_one_line(
     assert code in (1, 2)
     assert match in told.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_onnx_file_cannot_have_is_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are for models that are exported"):
+        convert_tensor(job(exported, "fp32", shapes={"input_ids": (1, 8)}), tmp_path / "b")
+
+
+def test_a_limit_that_even_the_weights_exceed(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="the limit is"):
+        convert_tensor(job(exported, "fp32", budget=Budget(peak_memory_bytes=1 << 20)), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_failure_leaves_nothing_behind(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
