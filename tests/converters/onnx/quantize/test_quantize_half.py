@@ -19,8 +19,8 @@ def test_a_scale_that_vanishes_in_halves_is_refused(tmp_path: Path) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     constants = [
-        numpy_helper.from_array(np.float32(1e-12), "tiny"),
-        numpy_helper.from_array(np.int8(0), "zero"),
+        numpy_helper.from_array(np.array(1e-12, np.float32), "tiny"),
+        numpy_helper.from_array(np.array(0, np.int8), "zero"),
     ]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "tiny", "zero"], ["q"], name="round"),
