@@ -1,0 +1,187 @@
+"""What must be there before a tensor model can be decided about: its float ONNX, inputs, a place for candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edgeq.converters.onnx.export.adopt import adopt_onnx
+from edgeq.converters.onnx.export.export import Exported, export_model
+from edgeq.converters.onnx.quantize.clean import clean_for
+from edgeq.converters.onnx.quantize.sites import quantizable
+from edgeq.converters.source import resolve
+from edgeq.errors import UsageError
+from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
+from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
+from edgeq.planner.tensors.job import TensorJob
+from edgeq.planner.tensors.samples import Samples, gather_samples
+from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
+from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
+from edgeq.profiles.loader import load_profile
+from edgeq.tensor_types import AxisRange, Scheme, TensorArtifact
+from edgeq.types import Budget, ModelSource, merge_budgets
+
+__all__ = ["Prepared", "decision_of", "needs_narrow_weights", "prepare"]
+
+Progress = Callable[[str, int, int, str], None]
+
+# As /proc/cpuinfo has them.
+_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "avx_vnni_int8"})
+# Of axes that nobody fixed: what a call may have, and what it usually has.
+_AXES = {"batch": AxisRange(least=1, usual=1, most=16), "sequence": AxisRange(least=1, usual=128, most=512)}
+_OTHER_AXIS = AxisRange(least=1, usual=1, most=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model and a device, ready to be decided about.
+
+    Attributes:
+        source: of the model.
+        profile: the device.
+        backend: of it.
+        budget: the profile's and the job's.
+        schemes: to try, in the order of preference.
+        exported: the float model.
+        axes: sizes of dynamic axes.
+        samples: to calibrate with and to judge on.
+        bench: where candidates are made.
+    """
+
+    source: ModelSource
+    profile: DeviceProfile
+    backend: Backend
+    budget: Budget
+    schemes: tuple[Scheme, ...]
+    exported: Exported
+    axes: Mapping[str, AxisRange]
+    samples: Samples
+    bench: Workbench
+
+
+def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
+    """Find the model, export and clean it, and gather inputs.
+
+    Args:
+        job: what to convert, and for what.
+        work: an empty folder.
+        progress: told stage, amount done, amount in all, and a detail.
+
+    Raises:
+        EdgeqError: anything that `edgeq.errors` names.
+    """
+    profile = load_profile(job.target)
+    profile = profile if job.power_mode is None else power_mode_of(profile, job.power_mode)
+    backend = choose_backend(profile, job.backend)
+    schemes = schemes_for(profile, backend, job.precision)
+    source = resolve(job.model, revision=job.revision, progress=lambda d, t, n: progress("download", d, t, n))
+    exported = _exported(job, source, work, progress)
+    axes = _axes(exported.artifact)
+    samples = gather_samples(exported.artifact, _folder(source), axes, job.calibration)
+    bench = _workbench(job, profile, backend, exported, samples, work, progress)
+    budget = merge_budgets(profile.budgets.perception, job.budget)
+    return Prepared(source, profile, backend, budget, schemes, exported, axes, samples, bench)
+
+
+def decision_of(job: TensorJob, prepared: Prepared) -> Decision:
+    """The fastest way that passes the job's gate."""
+    return decide(
+        prepared.bench,
+        prepared.schemes,
+        job.gate,
+        _kept(job, prepared.bench),
+        method=None if job.calibration.method == "auto" else job.calibration.method,
+        timed=is_like_this_machine(prepared.profile, prepared.backend),
+        asked=job.precision != "auto",
+    )
+
+
+def _exported(job: TensorJob, source: ModelSource, work: Path, progress: Progress) -> Exported:
+    folder = work / "float"
+    folder.mkdir()
+    if source.format == "onnx":
+        if job.shapes or job.task is not None:
+            raise UsageError(
+                "--shape and --task are for models that are exported, and this is an ONNX file",
+                "Leave them out, or give the Hugging Face folder",
+            )
+        return adopt_onnx(Path(source.path), folder / MODEL_FILE)
+    return export_model(
+        Path(source.path),
+        folder / MODEL_FILE,
+        task=job.task,
+        shapes=job.shapes or None,
+        progress=lambda done, total, what: progress("export", done, total, what),
+    )
+
+
+def _folder(source: ModelSource) -> Path:
+    """Where the files lie that say what comes before and after the model."""
+    path = Path(source.path)
+    return path.parent if source.format == "onnx" else path
+
+
+def _axes(artifact: TensorArtifact) -> dict[str, AxisRange]:
+    names = [size for spec in artifact.inputs for size in spec.shape if isinstance(size, str)]
+    found = {name: _AXES.get(name, _OTHER_AXIS) for name in dict.fromkeys(names)}
+    if artifact.embedding is not None and "sequence" in found:
+        most = min(_AXES["sequence"].most, artifact.embedding.max_tokens)
+        found["sequence"] = AxisRange(least=1, usual=min(128, most), most=most)
+    return found
+
+
+def _workbench(
+    job: TensorJob,
+    profile: DeviceProfile,
+    backend: Backend,
+    exported: Exported,
+    samples: Samples,
+    work: Path,
+    progress: Progress,
+) -> Workbench:
+    from edgeq.llama import default_threads
+
+    clean = work / "clean"
+    clean.mkdir()
+    progress("clean", 0, 1, backend.name)
+    clean_for(exported.path, clean / MODEL_FILE, backend.name)
+    return Workbench(
+        reference=clean / MODEL_FILE,
+        model=clean / MODEL_FILE,
+        folder=work / "candidates",
+        backend=backend.name,
+        activations=activations_of(profile, backend),
+        samples=samples,
+        task=exported.artifact.task,
+        classes=len(exported.artifact.labels) or None,
+        dims={name: sizes.usual for name, sizes in _axes(exported.artifact).items()},
+        percentile=job.calibration.percentile,
+        threads=job.threads or min(profile.threads or default_threads(), default_threads()),
+        progress=progress,
+        narrow_weights=needs_narrow_weights(profile, backend),
+    )
+
+
+def needs_narrow_weights(profile: DeviceProfile, backend: Backend) -> bool:
+    """Whether the CPU adds products of bytes in 16 bits, which eight bits of weights overflow: x86 without VNNI."""
+    return not backend.on_gpu and profile.arch == "x86_64" and not _DOT_PRODUCTS & set(profile.cpu.features)
+
+
+def _kept(job: TensorJob, bench: Workbench) -> dict[str, str]:
+    """Nodes that the user wants in floats. A pattern that matches none is an error."""
+    names = [site.name for site in quantizable(bench.model)]
+    kept: dict[str, str] = {}
+    for pattern in job.keep_float:
+        try:
+            matching = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise UsageError(f"--keep-float {pattern!r} is no regular expression: {error}", "Correct it") from error
+        if not matching:
+            raise UsageError(
+                f"--keep-float {pattern!r} matches no node that could be quantized",
+                f"Choose among {', '.join(names[:5])}, …",
+            )
+        kept |= dict.fromkeys(matching, f"asked for by {pattern!r}")
+    return kept
