@@ -79,7 +79,10 @@ def test_smollm2_equals_hugging_face_and_the_published_gguf(
 def test_any_text_gives_the_same_ids(smollm2: tuple[Path, Any], smollm2_folder: Path) -> None:
     reference = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
     # Unassigned characters are left out: the libraries' Unicode tables are of different versions.
-    alphabet = st.characters(exclude_categories=["Cs", "Cn", "Co"])
+    # Its vocabulary lacks some bytes: Hugging Face merges across such a hole, llama.cpp does not.
+    holes = [chr(code) for code in range(128) if not reference.encode(chr(code)).ids]
+    assert "\x06" in holes
+    alphabet = st.characters(exclude_categories=["Cs", "Cn", "Co"], exclude_characters=holes)
     pieces = st.one_of(st.text(alphabet), st.sampled_from([" ", "\n", "<|im_end|>", "12", "don't", "<|im_"]))
     with Model.load(smollm2[0], vocab_only=True) as model:
 
