@@ -10,14 +10,14 @@ import errno
 import os
 import secrets
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from edgeq.bundle import Bundle
 from edgeq.errors import BundleError
 from edgeq.record import Record
-from edgeq.types import Budget, Prediction, from_json, to_json
+from edgeq.types import Budget, from_json, to_json
 from edgeq.verdicts import (
     DEFAULT_CONFIDENCE,
     Metric,
@@ -28,19 +28,26 @@ from edgeq.verdicts import (
     metric,
     overall_result,
     predictions,
+    tensor_predictions,
 )
+from edgeq.workload import Details, LanguageDetails, LanguageWorkload, TensorDetails, TensorWorkload, Workload
 
 __all__ = [
     "DEFAULT_CONFIDENCE",
     "LATEST",
+    "Details",
     "Device",
     "HostLoad",
+    "LanguageDetails",
+    "LanguageWorkload",
     "MemorySplit",
     "Metric",
     "Percentile",
     "Report",
     "Result",
     "Temperature",
+    "TensorDetails",
+    "TensorWorkload",
     "Verdict",
     "Workload",
     "check_writable",
@@ -51,11 +58,12 @@ __all__ = [
     "predictions",
     "publish_report",
     "read_report",
+    "tensor_predictions",
     "write_report",
 ]
 
 LATEST = "report.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_REPORT_BYTES = 256 << 20
 
 
@@ -137,30 +145,6 @@ class Temperature(Record, frozen=True, kw_only=True):
     after_c: float
 
 
-class Workload(Record, frozen=True, kw_only=True):
-    """What a measured run does again and again.
-
-    Attributes:
-        prompt_tokens: length of each prompt; the prompts differ, so that none is found in the cache.
-        output_tokens: exact length of each answer.
-        warmup: repetitions that are reported and not counted.
-        repetitions: exact number; None for as many as the budget's lines need.
-        seconds: take samples for this long instead; None for no such rule.
-        max_seconds: no further repetition starts after this long.
-        context_tokens: None for the bundle's own.
-        threads: None for the bundle's own.
-    """
-
-    prompt_tokens: int = 128
-    output_tokens: int = 32
-    warmup: int = 3
-    repetitions: int | None = None
-    seconds: float | None = None
-    max_seconds: float = 120.0
-    context_tokens: int | None = None
-    threads: int | None = None
-
-
 class Report(Record, frozen=True, kw_only=True):
     """One run of one bundle on one machine.
 
@@ -173,17 +157,16 @@ class Report(Record, frozen=True, kw_only=True):
         device: the machine that was measured.
         simulated: True if that is not the kind of machine that the profile describes.
         workload: what was asked for.
-        context_tokens: what the session had.
+        details: what only this kind of bundle has to tell.
         threads: what the session had.
         repetitions: that were counted.
         planned_repetitions: that the budget's lines or the user wanted; None if only seconds were given.
         duration_s: of the counted repetitions.
         confidence: of every bound.
-        metrics: by `Budget` field.
+        metrics: by `Budget` field, and ``calls_per_s`` of models that are called with arrays.
         warmup: the uncounted samples, by `Budget` field.
         unmeasured: `Budget` field to the reason why there are no samples of it.
         memory: what the peak consists of.
-        predicted: by the bundle's plan.
         budget: that was held against the samples.
         host_load: see `HostLoad`.
         temperatures: where the kernel tells them.
@@ -197,7 +180,7 @@ class Report(Record, frozen=True, kw_only=True):
         created_utc: ISO 8601.
     """
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
     kind: Literal["bench"] = "bench"
     bundle: str
     manifest_sha256: str
@@ -205,7 +188,7 @@ class Report(Record, frozen=True, kw_only=True):
     device: Device
     simulated: bool
     workload: Workload
-    context_tokens: int
+    details: Details
     threads: int
     repetitions: int
     planned_repetitions: int | None
@@ -215,7 +198,6 @@ class Report(Record, frozen=True, kw_only=True):
     warmup: dict[str, Metric]
     unmeasured: dict[str, str]
     memory: MemorySplit | None
-    predicted: Prediction
     budget: Budget
     host_load: HostLoad
     temperatures: tuple[Temperature, ...]
@@ -317,7 +299,7 @@ def read_report(path: Path) -> Report:
                 f"{path} has schema version {version}; this edgeq reads up to {SCHEMA_VERSION}",
                 "Update it with: pip install --upgrade edgeq",
             )
-        return from_json(data, Report)
+        return from_json(data, Report) if version == SCHEMA_VERSION else _from_first_schema(data)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}", remedy) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -326,3 +308,15 @@ def read_report(path: Path) -> Report:
 
 class _Version(msgspec.Struct):
     schema_version: int = 0
+
+
+def _from_first_schema(data: bytes) -> Report:
+    """A report of schema 1, which knew language models only and kept what is theirs beside the rest."""
+    entries = from_json(data, dict[str, Any])
+    workload = entries.get("workload")
+    moved = {name: entries.pop(name) for name in ("context_tokens", "predicted") if name in entries}
+    entries["schema_version"] = SCHEMA_VERSION
+    entries["details"] = {"kind": "llm", **moved}
+    if isinstance(workload, dict):
+        entries["workload"] = {"kind": "llm", **workload}
+    return msgspec.convert(entries, Report)

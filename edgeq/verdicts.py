@@ -14,6 +14,7 @@ import msgspec
 
 from edgeq import stats
 from edgeq.record import Record
+from edgeq.tensor_types import TensorPrediction
 from edgeq.types import BUDGET_LINES, Budget, BudgetLine, Prediction
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "metric",
     "overall_result",
     "predictions",
+    "tensor_predictions",
 ]
 
 DEFAULT_CONFIDENCE = 0.95
@@ -53,10 +55,10 @@ class Metric(Record, frozen=True, kw_only=True):
     """Raw samples of one quantity.
 
     Attributes:
-        unit: ``"bytes"``, ``"ms"``, ``"tok/s"`` or ``"W"``.
+        unit: ``"bytes"``, ``"ms"``, ``"tok/s"``, ``"calls/s"`` or ``"W"``.
         source: how they were measured, for people ("VmHWM of the serving process").
         samples: in the order in which they were taken.
-        percentiles: p50, p95 and p99.
+        percentiles: p50, p90, p95 and p99; p90 only since schema 2 of the report.
     """
 
     unit: str
@@ -107,7 +109,7 @@ class Verdict(Record, frozen=True, kw_only=True):
 
 
 def metric(unit: str, source: str, samples: Sequence[float], *, confidence: float = DEFAULT_CONFIDENCE) -> Metric:
-    """A `Metric` with p50, p95 and p99 worked out; without percentiles if there are no samples."""
+    """A `Metric` with p50, p90, p95 and p99 worked out; without percentiles if there are no samples."""
     kept = tuple(float(value) for value in samples)
     percentiles = tuple(
         Percentile(
@@ -116,7 +118,7 @@ def metric(unit: str, source: str, samples: Sequence[float], *, confidence: floa
             lower=stats.lower_bound(kept, q, confidence),
             upper=stats.upper_bound(kept, q, confidence),
         )
-        for q in ((50.0, 95.0, 99.0) if kept else ())
+        for q in ((50.0, 90.0, 95.0, 99.0) if kept else ())
     )
     return Metric(unit=unit, source=source, samples=kept, percentiles=percentiles)
 
@@ -130,6 +132,14 @@ def predictions(predicted: Prediction, prompt_tokens: int) -> dict[str, float]:
     }
     if prompt_tokens == predicted.prompt_tokens:
         figures["ttft_ms"] = predicted.ttft_ms
+    return figures
+
+
+def tensor_predictions(predicted: TensorPrediction, *, usual: bool) -> dict[str, float]:
+    """What a plan predicts, by `Budget` field; latency only for calls of the usual sizes."""
+    figures: dict[str, float] = {"peak_memory_bytes": predicted.peak_memory_bytes}
+    if usual and predicted.latency_ms is not None:
+        figures["latency_ms"] = predicted.latency_ms
     return figures
 
 

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
-from edgeq.bundle import open_bundle
-from edgeq.errors import ProfileError, PromptTooLongError, UsageError
+from edgeq.bundle import Bundle, open_bundle
+from edgeq.errors import ProfileError, UsageError
 from edgeq.profiles.loader import load_profile
 from edgeq.report import (
     DEFAULT_CONFIDENCE,
+    LanguageWorkload,
     MemorySplit,
     Metric,
     Report,
+    TensorWorkload,
     Workload,
     judge,
     metric,
     overall_result,
-    predictions,
 )
 from edgeq.runtime import measure
-from edgeq.runtime.bench_run import Conditions, Progress, Run, measure_bundle
-from edgeq.runtime.bench_worker import Sample
-from edgeq.types import Budget, Manifest, Plan, Target, merge_budgets
+from edgeq.runtime.bench_language import LanguageSubject
+from edgeq.runtime.bench_messages import Ready
+from edgeq.runtime.bench_run import Conditions, Findings, Progress, Run, Subject, measure_subject
+from edgeq.tensor_types import TensorManifest
+from edgeq.types import BUDGET_LINES, Budget, Manifest, Target, merge_budgets
+from edgeq.units import format_bytes
 
 __all__ = ["DEFAULT_MAX_HOST_LOAD", "run_bench"]
 
+L = TypeVar("L", bound=Ready)
+S = TypeVar("S")
+
 DEFAULT_MAX_HOST_LOAD = 0.10
 """Share of the machine that others may take before a run is called invalid."""
+
+_FOREIGN_LINES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llm": ("a language model", ("latency_ms",)),
+    "tensor": ("called with arrays", ("ttft_ms", "itl_ms", "tokens_per_s")),
+}
 
 
 def run_bench(
     bundle: Path,
     workload: Workload | None = None,
     *,
+    inputs: Path | None = None,
     budget: Budget | None = None,
     confidence: float = DEFAULT_CONFIDENCE,
     max_host_load: float = DEFAULT_MAX_HOST_LOAD,
@@ -45,7 +60,8 @@ def run_bench(
 
     Args:
         bundle: its folder.
-        workload: None for the default one.
+        workload: of the bundle's kind; None for the default one.
+        inputs: for a model that is called with arrays, see `edgeq.runtime.bench_inputs.bench_inputs`.
         budget: lines that replace those of the bundle's own budget.
         confidence: of the one-sided bounds, at least 0.5 and below 1.
         max_host_load: share of the machine (0 to 1) that other processes may take before the run counts as invalid;
@@ -54,58 +70,67 @@ def run_bench(
 
     Raises:
         BundleError: no bundle, or one that was changed.
-        UsageError: a workload that makes no sense.
+        UsageError: a workload that makes no sense or is for another kind of bundle, inputs that the model does not
+            take, or a line of ``budget`` that this kind of bundle cannot have.
         PromptTooLongError: prompt and answer together do not fit the context.
-        SessionError: the model could not be loaded or run, or its process died.
+        SessionError: the model could not be loaded or run, its process died, or it needs a GPU that is not here.
     """
-    workload = workload or Workload()
     tell = progress or (lambda done, total, what: None)
-    _check(workload, confidence, max_host_load)
+    opened = open_bundle(bundle)
+    kind = opened.manifest.kind
+    chosen = workload or (LanguageWorkload() if kind == "llm" else TensorWorkload())
+    _check(chosen, confidence, max_host_load)
+    _refuse_foreign(opened, chosen, inputs, budget or Budget())
     opened = open_bundle(bundle, verify=True, progress=lambda done, total, name: tell(done, total, f"verifying {name}"))
-    limits = merge_budgets(opened.llm.budget, budget or Budget())
-    context_tokens = workload.context_tokens or opened.llm.plan.context_tokens
-    wanted = workload.prompt_tokens + workload.output_tokens
-    if wanted > context_tokens:
-        raise PromptTooLongError(
-            f"{workload.prompt_tokens} prompt and {workload.output_tokens} output tokens make {wanted}, "
-            f"the context holds {context_tokens}",
-            "Lower --prompt-tokens or --output-tokens",
-        )
+    limits = merge_budgets(opened.manifest.budget, budget or Budget())
+    conditions = Conditions(chosen, limits, confidence, max_host_load)
+    if isinstance(chosen, LanguageWorkload):
+        return _report(opened, LanguageSubject(opened, chosen), conditions, tell)
+    # numpy and what prepares inputs are nothing that a language model needs
+    from edgeq.runtime.bench_inputs import bench_inputs
+    from edgeq.runtime.bench_tensor import TensorSubject
+
+    with tempfile.TemporaryDirectory(prefix="edgeq-bench-") as folder:
+        calls = bench_inputs(opened, chosen, inputs)
+        return _report(opened, TensorSubject(opened, calls, Path(folder), chosen.threads), conditions, tell)
+
+
+def _report(opened: Bundle, subject: Subject[L, S], conditions: Conditions, tell: Progress) -> Report:
+    manifest, confidence = opened.manifest, conditions.confidence
     device = measure.describe_device()
-    run = measure_bundle(opened.path, Conditions(workload, limits, confidence, max_host_load), tell)
-    unlike, notes = _compare_with_target(opened.llm, device.machine)
-    metrics, unmeasured = _metrics(run, confidence)
+    run = measure_subject(subject, conditions, tell)
+    unlike, notes = _compare_with_target(manifest, device.machine)
+    findings = subject.findings(run, confidence)
+    metrics, unmeasured = _metrics(run, findings, confidence, on_gpu=subject.on_gpu)
     invalid = list(measure.disturbances(run.before, run.after, run.load))
     if unlike is not None:
         invalid.append(f"simulated: {unlike}")
-    predicted = opened.llm.plan.predicted
     verdicts = judge(
-        limits,
+        conditions.budget,
         metrics,
         confidence,
-        predicted=predictions(predicted, workload.prompt_tokens),
+        predicted=findings.predicted,
         unmeasured=unmeasured,
         invalid=invalid,
     )
     return Report(
-        bundle=opened.llm.name,
+        bundle=manifest.name,
         manifest_sha256=opened.manifest_sha256,
-        profile=opened.llm.built_for,
+        profile=manifest.built_for,
         device=device,
         simulated=unlike is not None,
-        workload=workload,
-        context_tokens=run.loaded.context_tokens,
+        workload=conditions.workload,
+        details=findings.details,
         threads=run.loaded.threads,
         repetitions=len(run.samples),
         planned_repetitions=run.planned,
         duration_s=run.duration_s,
         confidence=confidence,
         metrics=metrics,
-        warmup=_answer_metrics(run.warmup, confidence),
+        warmup=findings.warmup,
         unmeasured=unmeasured,
         memory=_memory_split(run),
-        predicted=predicted,
-        budget=limits,
+        budget=conditions.budget,
         host_load=run.load,
         temperatures=measure.temperatures(run.before, run.after),
         throttle_events=measure.throttle_events(run.before, run.after),
@@ -113,7 +138,7 @@ def run_bench(
         invalid_reasons=tuple(invalid),
         verdicts=verdicts,
         result=overall_result(verdicts),
-        notes=(*notes, *_notes(run, workload, opened.llm.plan)),
+        notes=(*notes, *_notes(run, conditions.workload), *findings.notes),
         tools=run.loaded.tools,
         created_utc=_now(),
     )
@@ -123,6 +148,19 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _refuse_foreign(opened: Bundle, workload: Workload, inputs: Path | None, budget: Budget) -> None:
+    """Refuse, rather than ignore, what the other kind of bundle has."""
+    kind = opened.manifest.kind
+    what, foreign = _FOREIGN_LINES[kind]
+    if isinstance(workload, LanguageWorkload) != (kind == "llm"):
+        raise UsageError(f"{opened.path} is {what}, and the workload is for others", "Give one of its own kind")
+    if inputs is not None and kind == "llm":
+        raise UsageError(f"{opened.path} is {what}, which takes no arrays", "Leave --inputs out")
+    for line in BUDGET_LINES:
+        if line.field in foreign and budget.limit(line) is not None:
+            raise UsageError(f"{opened.path} is {what}, which has no {line.label}", f"Leave the limit {line.field} out")
+
+
 def _check(workload: Workload, confidence: float, max_host_load: float) -> None:
     if not 0.5 <= confidence < 1:
         raise UsageError(f"A confidence of {confidence:g} is not at least 0.5 and below 1", "Choose 0.95 or 0.99")
@@ -130,14 +168,17 @@ def _check(workload: Workload, confidence: float, max_host_load: float) -> None:
         raise UsageError(f"A host load of {max_host_load:g} is no share of the machine", "Choose from 0 to 1")
     if workload.repetitions is not None and workload.seconds is not None:
         raise UsageError("Repetitions and seconds exclude each other", "Give one of the two")
-    lowest = (
-        ("prompt tokens", workload.prompt_tokens, 1),
-        ("output tokens", workload.output_tokens, 1),
+    lowest = [
         ("warm-up repetitions", workload.warmup, 0),
         ("repetitions", workload.repetitions, 1),
-        ("context tokens", workload.context_tokens, 1),
         ("threads", workload.threads, 1),
-    )
+    ]
+    if isinstance(workload, LanguageWorkload):
+        lowest += [
+            ("prompt tokens", workload.prompt_tokens, 1),
+            ("output tokens", workload.output_tokens, 1),
+            ("context tokens", workload.context_tokens, 1),
+        ]
     for what, value, least in lowest:
         if value is not None and value < least:
             raise UsageError(f"{value} {what} are too few", f"Choose at least {least}")
@@ -146,7 +187,7 @@ def _check(workload: Workload, confidence: float, max_host_load: float) -> None:
             raise UsageError(f"{seconds:g} seconds are no time to measure for", "Choose more than 0")
 
 
-def _compare_with_target(manifest: Manifest, machine: str) -> tuple[str | None, list[str]]:
+def _compare_with_target(manifest: Manifest | TensorManifest, machine: str) -> tuple[str | None, list[str]]:
     """Why this machine is not what the bundle was built for, or None; and what to note."""
     name, target = manifest.built_for, manifest.target
     if target is None:  # an older bundle names its profile only
@@ -158,48 +199,29 @@ def _compare_with_target(manifest: Manifest, machine: str) -> tuple[str | None, 
     return measure.unlike_target(name, target, machine), []
 
 
-def _answer_metrics(samples: Sequence[Sample], confidence: float) -> dict[str, Metric]:
-    """Metrics of answers, by `Budget` field; those without a sample are left out."""
-    found = {
-        "ttft_ms": metric(
-            "ms", "from the call to the first token", [s.ttft_ms for s in samples], confidence=confidence
-        ),
-        "itl_ms": metric(
-            "ms", "every gap between two tokens", [gap for s in samples for gap in s.gaps_ms], confidence=confidence
-        ),
-        "tokens_per_s": metric(
-            "tok/s",
-            "of each answer after its first token",
-            [1e3 * len(s.gaps_ms) / sum(s.gaps_ms) for s in samples if s.gaps_ms],
-            confidence=confidence,
-        ),
-    }
-    return {name: entry for name, entry in found.items() if entry.samples}
-
-
-def _metrics(run: Run, confidence: float) -> tuple[dict[str, Metric], dict[str, str]]:
+def _metrics(
+    run: Run[L, S], findings: Findings, confidence: float, *, on_gpu: bool
+) -> tuple[dict[str, Metric], dict[str, str]]:
     """What was measured, and why the rest was not, both by `Budget` field."""
-    metrics = _answer_metrics(run.samples, confidence)
+    metrics = dict(findings.metrics)
     metrics["load_ms"] = metric(
         "ms", "from process start to ready, file in the page cache", run.loads_ms, confidence=confidence
     )
-    unmeasured = {
-        "latency_ms": "a language model has no latency of a single call; constrain ttft and itl",
-        "power_w": "not measured: no power sensor is read on this machine",
-    }
-    if run.usage.peak_bytes is not None:
-        metrics["peak_memory_bytes"] = metric(
-            "bytes", "VmHWM of the serving process", [run.usage.peak_bytes], confidence=confidence
+    unmeasured = {**findings.unmeasured, "power_w": "not measured: no power sensor is read on this machine"}
+    if run.usage.peak_bytes is None:
+        unmeasured["peak_memory_bytes"] = "not measured: /proc/self/status has no VmHWM here"
+    elif on_gpu:
+        unmeasured["peak_memory_bytes"] = (
+            f"not measured: VmHWM of the serving process, {format_bytes(run.usage.peak_bytes)}, is without memory of "
+            "the GPU"
         )
     else:
-        unmeasured["peak_memory_bytes"] = "not measured: /proc/self/status has no VmHWM here"
-    for name in ("itl_ms", "tokens_per_s"):
-        if name not in metrics:
-            unmeasured[name] = "not measured: an answer of one token has no gap"
+        source = "VmHWM of the serving process"
+        metrics["peak_memory_bytes"] = metric("bytes", source, [run.usage.peak_bytes], confidence=confidence)
     return metrics, unmeasured
 
 
-def _memory_split(run: Run) -> MemorySplit | None:
+def _memory_split(run: Run[L, S]) -> MemorySplit | None:
     if run.usage.peak_bytes is None:
         return None
     return MemorySplit(
@@ -210,8 +232,7 @@ def _memory_split(run: Run) -> MemorySplit | None:
     )
 
 
-def _notes(run: Run, workload: Workload, plan: Plan) -> list[str]:
-    predicted_prompt_tokens = plan.predicted.prompt_tokens
+def _notes(run: Run[L, S], workload: Workload) -> list[str]:
     notes = []
     if run.planned is not None and len(run.samples) < run.planned:
         notes.append(
@@ -220,18 +241,4 @@ def _notes(run: Run, workload: Workload, plan: Plan) -> list[str]:
         )
     if run.planned_loads > len(run.loads_ms):
         notes.append(f"Only {len(run.loads_ms)} of {run.planned_loads} load times fitted into the time")
-    if workload.prompt_tokens != predicted_prompt_tokens:
-        notes.append(
-            f"The plan predicts the time to first token for prompts of {predicted_prompt_tokens} tokens, "
-            f"not {workload.prompt_tokens}"
-        )
-    answered = workload.prompt_tokens + workload.output_tokens
-    if answered < plan.context_tokens:
-        notes.append(
-            f"Predicted times are means; inter-token latency and decode speed for a full context of "
-            f"{plan.context_tokens} tokens, measured with at most {answered}"
-        )
-    cached = max(sample.cached_tokens for sample in run.samples)
-    if cached > 0:
-        notes.append(f"Up to {cached} of {workload.prompt_tokens} prompt tokens were found in the cache")
     return notes

@@ -14,7 +14,7 @@ import msgspec
 
 from edgeq import errors
 from edgeq.errors import EdgeqError, SessionError
-from edgeq.runtime.bench_worker import Command, Exit, Failed, Loaded, Reply
+from edgeq.runtime.bench_messages import Command, Exit, Failed, Ready, Reply
 
 __all__ = ["WorkerProcess"]
 
@@ -28,7 +28,7 @@ class WorkerProcess:
     """One measured process; a context manager that leaves no process behind.
 
     Attributes:
-        ready_ms: from starting the process to its first reply to ``Load``, interpreter and imports included.
+        ready_ms: from starting the process to its reply that a bundle is loaded, interpreter and imports included.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class WorkerProcess:
             raise _rebuild(reply)
         if not isinstance(reply, kind):
             raise SessionError(f"The measured process answered with {type(reply).__name__}, not {kind.__name__}")
-        if isinstance(reply, Loaded):
+        if isinstance(reply, Ready):
             self.ready_ms = (time.perf_counter() - self._started) * 1e3
         return reply
 

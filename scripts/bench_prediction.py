@@ -43,8 +43,8 @@ from edgeq.profiles.device import DeviceProfile
 from edgeq.profiles.llm.model_latency import decode_ms, speeds_of, ttft_ms
 from edgeq.profiles.loader import load_profile
 from edgeq.profiles.measured import LanguageCosts
+from edgeq.runtime.bench_messages import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.runtime.bench_process import WorkerProcess
-from edgeq.runtime.bench_worker import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.types import Budget, Plan
 
 # A mix of six types, repacked ones and others, as a search may choose.

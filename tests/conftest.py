@@ -7,17 +7,21 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from edgeq.tensor_types import Embedding, TensorSpec
 
 # Machines that run tests are loaded; how long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("edgeq", deadline=None)
@@ -326,6 +330,122 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
 
     def make(model: Path, *, built_for: str = "laptop-cpu") -> Path:
         return write_bundle(tmp_path / f"bundle-{secrets.token_hex(4)}", model, built_for=built_for)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def linear_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``y = x @ w + b`` and ``mean = mean of y over the last axis``; x is float32 of (batch, 8)."""
+    onnx = pytest.importorskip("onnx")
+    import numpy as np
+
+    width = 8
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((width, 4)), "b": rng.standard_normal(4), "last": np.array([-1])}
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["xw"]),
+            helper.make_node("Add", ["xw", "b"], ["y"]),
+            helper.make_node("ReduceMean", ["y", "last"], ["mean"], keepdims=0),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("x", float32, ["batch", width])],
+        [
+            helper.make_tensor_value_info("y", float32, ["batch", 4]),
+            helper.make_tensor_value_info("mean", float32, ["batch"]),
+        ],
+        [
+            onnx.numpy_helper.from_array(value.astype(np.int64 if name == "last" else np.float32), name)
+            for name, value in weights.items()
+        ],
+    )
+    path = tmp_path_factory.mktemp("linear") / "model.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, path)
+    return path
+
+
+class MakeTensorBundle(Protocol):
+    """The signature of the ``make_tensor_bundle`` fixture."""
+
+    def __call__(
+        self,
+        model: Path,
+        *,
+        plan: dict[str, Any] | None = None,
+        embedding: Embedding | None = None,
+        tokenizer: Path | None = None,
+        outputs: Sequence[TensorSpec] | None = None,
+        samples: Sequence[Mapping[str, Any]] = (),
+        **changes: Any,
+    ) -> Path:
+        """Make a bundle around an ONNX file; ``changes`` are of its manifest."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def make_tensor_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeTensorBundle:
+    """``make_tensor_bundle(path, plan={"threads": 1})``: the folder of a bundle of the test's own."""
+
+    def make(
+        model: Path,
+        *,
+        plan: dict[str, Any] | None = None,
+        embedding: Embedding | None = None,
+        tokenizer: Path | None = None,
+        outputs: Sequence[TensorSpec] | None = None,
+        samples: Sequence[Mapping[str, Any]] = (),
+        **changes: Any,
+    ) -> Path:
+        import msgspec
+        import onnxruntime
+
+        from edgeq.bundle import describe_file, write_manifest
+        from edgeq.runtime.tensor.graph import read_specs
+        from edgeq.runtime.tensorrt.samples import write_samples
+        from edgeq.tensor_types import TensorArtifact, TensorManifest, TensorPlan, TensorPrediction
+        from edgeq.types import Budget, ModelSource, Target
+
+        folder = tmp_path_factory.mktemp("bundle")
+        shutil.copy(model, folder / "model.onnx")
+        files = [describe_file(folder, "model.onnx", "model")]
+        if tokenizer is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tokenizer / name, folder / name)
+            files.append(describe_file(folder, "tokenizer.json", "tokenizer"))
+            files.append(describe_file(folder, "tokenizer_config.json", "tokenizer-config"))
+        if samples:
+            write_samples(folder / "samples.npz", samples)
+            files.append(describe_file(folder, "samples.npz", "samples"))
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        zeros = dict.fromkeys(
+            ("file_bytes", "weights_bytes", "activation_bytes", "runtime_bytes", "peak_memory_bytes"), 0
+        )
+        settings: dict[str, Any] = {"backend": "onnxruntime-cpu", "scheme": "fp32", "threads": 1}
+        settings |= {"predicted": TensorPrediction(**zeros), **(plan or {})}
+        manifest = TensorManifest(
+            name="linear",
+            source=ModelSource(id="linear", path=".", format="onnx", architecture="onnx", n_params=36, dtype="f32"),
+            artifact=TensorArtifact(
+                architecture="onnx",
+                task="tensor",
+                opset=20,
+                inputs=read_specs(session.get_inputs(), "input"),
+                outputs=tuple(outputs or read_specs(session.get_outputs(), "output")),
+                embedding=embedding,
+            ),
+            plan=TensorPlan(**settings),
+            files=tuple(files),
+            budget=Budget(),
+            built_for="laptop-cpu",
+            target=Target(arch="any", accelerator="cpu"),
+            tools={"edgeq": "0"},
+            created_utc="2026-01-01T00:00:00Z",
+        )
+        write_manifest(folder, msgspec.structs.replace(manifest, **changes))
+        return folder
 
     return make
 

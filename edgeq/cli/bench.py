@@ -5,37 +5,65 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgeq.cli.arguments import add_budget_arguments, add_json_argument, budget_of, positive_int, thread_count
+from edgeq.cli.arguments import (
+    add_budget_arguments,
+    add_json_argument,
+    add_latency_argument,
+    budget_of,
+    positive_int,
+    read_path,
+    refuse_options,
+    thread_count,
+)
 
 if TYPE_CHECKING:
-    from edgeq.report import Report
+    from edgeq.bundle import Bundle
+    from edgeq.report import Report, Workload
 
-EXAMPLES = """examples:
-  edgeq bench bundle
-  edgeq bench bundle --max-memory 400MiB --max-itl 60ms
-  edgeq bench bundle --prompt-tokens 512 --repetitions 20 --json > report.json
+EXAMPLES = """\
+edgeq bench bundle
+edgeq bench bundle --max-memory 400MiB --max-itl 60ms
+edgeq bench bundle --prompt-tokens 512 --repetitions 20 --json > report.json
+edgeq bench camera --max-latency 33ms --max-memory 300MiB
+edgeq bench embedder --inputs sentences.txt
+edgeq bench embedder --size largest --axis batch=4
 """
+
+_LANGUAGE_ONLY = ("prompt_tokens", "output_tokens", "context", "max_itl", "max_ttft", "min_tps")
+_TENSOR_ONLY = ("inputs", "size", "axis", "max_latency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("bundle", type=Path, help="folder that edgeq convert wrote")
-    parser.add_argument(
-        "--prompt-tokens", type=positive_int, default=128, metavar="N", help="length of each prompt (128)"
+    language = parser.add_argument_group("language models")
+    language.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="length of each prompt (128)")
+    language.add_argument("--output-tokens", type=positive_int, metavar="N", help="length of each answer (32)")
+    language.add_argument("--context", type=positive_int, metavar="N", help="default: what the bundle was planned for")
+    arrays = parser.add_argument_group("models that are called with arrays")
+    arrays.add_argument(
+        "--inputs",
+        type=read_path,
+        metavar="PATH",
+        help="a folder of images, a .txt with a text a line, or .npz files; default: what the bundle brings, or else "
+        "random numbers",
     )
-    parser.add_argument(
-        "--output-tokens", type=positive_int, default=32, metavar="N", help="length of each answer (32)"
+    arrays.add_argument(
+        "--size", choices=["usual", "largest"], help="of the axes of random inputs, as the bundle was planned (usual)"
     )
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="repetitions that are not counted (3)")
+    arrays.add_argument(
+        "--axis", metavar="NAME=N", action="append", default=[], help="size of one axis, such as batch=4; repeatable"
+    )
+    add_latency_argument(arrays)
+    parser.add_argument("--warmup", type=int, metavar="N", help="answers (3) or calls (10) that are not counted")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--repetitions", type=positive_int, metavar="N", help="default: as many as the budget's lines need"
     )
     length.add_argument("--seconds", type=float, metavar="S", help="take samples for this long")
     parser.add_argument("--max-seconds", type=float, default=120.0, metavar="S", help="end by then (120)")
-    parser.add_argument("--context", type=positive_int, metavar="N", help="default: what the bundle was planned for")
     parser.add_argument("--threads", type=thread_count, metavar="N", help="default: what the bundle was planned for")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of each verdict (0.95)")
     parser.add_argument(
@@ -55,26 +83,18 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.bundle import open_bundle
     from edgeq.cli.output import note
     from edgeq.cli.progress import Progress
-    from edgeq.report import LATEST, Workload, check_writable, publish_report, write_report
+    from edgeq.report import LATEST, check_writable, publish_report, write_report
     from edgeq.runtime.bench import run_bench
 
     budget = budget_of(args)
     opened = open_bundle(args.bundle)
+    workload = _workload(args, opened)
     check_writable(args.output or opened.reports / LATEST)
-    workload = Workload(
-        prompt_tokens=args.prompt_tokens,
-        output_tokens=args.output_tokens,
-        warmup=args.warmup,
-        repetitions=args.repetitions,
-        seconds=args.seconds,
-        max_seconds=args.max_seconds,
-        context_tokens=args.context,
-        threads=args.threads,
-    )
     with Progress(sys.stderr) as progress:
         report = run_bench(
             args.bundle,
             workload,
+            inputs=args.inputs,
             budget=budget,
             confidence=args.confidence,
             max_host_load=args.max_host_load,
@@ -88,6 +108,46 @@ def run(args: argparse.Namespace) -> int:
     show_report(report, as_json=args.json)
     note(f"report written to {written}")
     return exit_code(report)
+
+
+def _workload(args: argparse.Namespace, opened: Bundle) -> Workload:
+    """What was asked for, with the defaults of the bundle's kind for the rest.
+
+    Raises:
+        UsageError: an option that is for the other kind of bundle, or an axis without a size.
+    """
+    from edgeq.report import LanguageWorkload, TensorWorkload
+
+    pace = {
+        "warmup": args.warmup,
+        "repetitions": args.repetitions,
+        "seconds": args.seconds,
+        "max_seconds": args.max_seconds,
+        "threads": args.threads,
+    }
+    if opened.manifest.kind == "llm":
+        refuse_options(args, _TENSOR_ONLY, f"{opened.path} is a language model", "for others")
+        own = {
+            "prompt_tokens": args.prompt_tokens,
+            "output_tokens": args.output_tokens,
+            "context_tokens": args.context,
+        }
+        return LanguageWorkload(**_given(pace | own))
+    refuse_options(args, _LANGUAGE_ONLY, f"{opened.path} is called with arrays", "for language models")
+    return TensorWorkload(**_given(pace | {"size": args.size, "axes": dict(_axis(text) for text in args.axis)}))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _axis(text: str) -> tuple[str, int]:
+    from edgeq.errors import UsageError
+
+    name, equals, size = text.partition("=")
+    if not name or not equals or not size.isascii() or not size.isdigit():
+        raise UsageError(f"--axis {text!r} is not NAME=N", "Write something like batch=4")
+    return name, int(size)
 
 
 def show_report(report: Report, *, as_json: bool) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from edgeq.cli.arguments import add_json_argument
 
-EXAMPLES = """examples:
-  edgeq report bundle
-  edgeq report bundle --json
+EXAMPLES = """\
+edgeq report bundle
+edgeq report bundle --json
 """
 
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgeq.units import format_bytes, format_quantity
 
 if TYPE_CHECKING:
-    from edgeq.report import Report
+    from edgeq.report import Details, Report
     from edgeq.verdicts import Metric, Verdict
 
 __all__ = ["format_table", "render_report", "terminal_width", "verdict_table", "wants_colour"]
 
+# Percentiles that are shown, in this order where a report has them; none for a single figure.
+_METRICS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+    ("ttft_ms", "first token", (50, 95)),
+    ("itl_ms", "inter-token", (50, 95, 99)),
+    ("tokens_per_s", "decode speed", (50,)),
+    ("latency_ms", "latency", (50, 90, 99)),
+    ("calls_per_s", "throughput", ()),
+    ("load_ms", "load time", (50,)),
+)
 _COLOURS = {"PASS": "\x1b[32m", "FAIL": "\x1b[31m", "INSUFFICIENT": "\x1b[33m"}
 _RESET = "\x1b[0m"
 _NONE = "-"
@@ -76,11 +85,11 @@ def _coloured(line: str) -> str:
 
 def render_report(report: Report, *, colour: bool) -> str:
     """A whole report: the verdict table, why lines did not pass, and what was measured. Ends with a newline."""
-    device = report.device
+    device, what = report.device, f"{_session(report.details)}, {report.threads} threads"
     memory = "" if device.memory_bytes is None else f", {format_bytes(device.memory_bytes)}"
     cores = f"{device.logical_cpus} CPUs{memory}"
     lines = [
-        f"{report.bundle}, built for {report.profile}, context {report.context_tokens}, {report.threads} threads",
+        f"{report.bundle}, built for {report.profile}, {what}",
         f"measured on {device.model or device.machine}: {device.cpu or device.machine}, {cores}",
         "",
         *verdict_table(report.verdicts, report.confidence, colour=colour),
@@ -100,17 +109,40 @@ def render_report(report: Report, *, colour: bool) -> str:
     return "\n".join([*lines, f"result: {word}"]) + "\n"
 
 
+def _session(details: Details) -> str:
+    from edgeq.report import TensorDetails
+
+    if isinstance(details, TensorDetails):
+        return f"{details.scheme} for {details.backend}, {', '.join(details.providers)}"
+    return f"context {details.context_tokens}"
+
+
+def _workload(report: Report) -> Iterator[tuple[str, str]]:
+    from edgeq.report import LanguageWorkload, TensorDetails
+
+    workload, details = report.workload, report.details
+    what = "calls"
+    if isinstance(workload, LanguageWorkload):
+        what = f"x {workload.prompt_tokens} prompt + {workload.output_tokens} output tokens"
+    yield "workload", f"{report.repetitions} {what} in {report.duration_s:.1f} s, after {workload.warmup} warm-up"
+    if isinstance(details, TensorDetails):
+        different = f", {details.calls} different calls" if details.calls > 1 else ""
+        yield "inputs", f"{details.inputs}{different}: {_shapes(details.shapes)}"
+
+
+def _shapes(shapes: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """Those of the only call, or of the first and the last."""
+    ends = [shapes[0], shapes[-1]] if len(shapes) > 1 else [shapes[0]]
+    return " to ".join(
+        ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in call.items()) for call in ends
+    )
+
+
 def _measurements(report: Report) -> list[str]:
-    workload, load = report.workload, report.host_load
-    repeated = f"{report.repetitions} x {workload.prompt_tokens} prompt + {workload.output_tokens} output tokens"
-    found = [("workload", f"{repeated} in {report.duration_s:.1f} s, after {workload.warmup} warm-up")]
-    percentiles = (("ttft_ms", "first token", (50, 95)), ("itl_ms", "inter-token", (50, 95, 99)))
-    for field, label, wanted in percentiles:
+    load, found = report.host_load, list(_workload(report))
+    for field, label, wanted in _METRICS:
         if (entry := report.metrics.get(field)) is not None:
-            found.append((label, _percentiles(entry, wanted)))
-    for field, label in (("tokens_per_s", "decode speed"), ("load_ms", "load time")):
-        if (entry := report.metrics.get(field)) is not None:
-            found.append((label, f"{_percentiles(entry, (50,))} ({entry.source})"))
+            found.append((label, _figures(entry, wanted)))
     found += [("peak memory", text) for text in _memory(report)]
     if load.during is None:
         found.append(("host load", "unknown"))
@@ -122,6 +154,13 @@ def _measurements(report: Report) -> list[str]:
         found.append(("temperature", f"{zone.zone}: {zone.before_c:.1f} to {zone.after_c:.1f} °C"))
     width = max(len(label) for label, _ in found)
     return [f"{label.ljust(width)}  {text}" for label, text in found]
+
+
+def _figures(entry: Metric, wanted: Sequence[int]) -> str:
+    if len(wanted) > 1:
+        return _percentiles(entry, wanted)
+    single = _percentiles(entry, wanted) if wanted else format_quantity(entry.samples[0], entry.unit)
+    return f"{single} ({entry.source})"
 
 
 def _percentiles(entry: Metric, wanted: Sequence[int]) -> str:

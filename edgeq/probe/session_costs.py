@@ -21,8 +21,8 @@ from edgeq.llama import Context, Model
 from edgeq.profiles.kernels.cost_measure import undisturbed
 from edgeq.profiles.llm.model_memory import vocabulary_bytes
 from edgeq.profiles.llm.sample_model import SampleModel, sample_types, write_sample_model
+from edgeq.runtime.bench_messages import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.runtime.bench_process import WorkerProcess
-from edgeq.runtime.bench_worker import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.types import Artifact, Budget, Manifest, ModelSource, Plan, Prediction
 
 __all__ = ["DEEP", "MODEL_FILE", "SHALLOW", "WIDE", "SessionTimes", "describe_bundle", "measure_session"]

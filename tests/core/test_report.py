@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from hypothesis import strategies as st
 
 from edgeq import report as reports
 from edgeq.errors import BundleError
+from edgeq.tensor_types import TensorPrediction
 from edgeq.types import BUDGET_LINES, Budget, Prediction, from_json, to_json
-from edgeq.verdicts import Verdict, judge, metric, overall_result, predictions
+from edgeq.verdicts import Verdict, judge, metric, overall_result, predictions, tensor_predictions
 
 LINES = {line.field: line for line in BUDGET_LINES}
 PREDICTED = Prediction(
     file_bytes=90, weights_bytes=90, kv_cache_bytes=5, compute_bytes=3, runtime_bytes=2, peak_memory_bytes=100,
     itl_ms=10, tokens_per_s=100, ttft_ms=300, prompt_tokens=128,
 )  # fmt: skip
+
+TENSOR_PREDICTED = TensorPrediction(
+    file_bytes=1, weights_bytes=1, activation_bytes=1, runtime_bytes=1, peak_memory_bytes=4, latency_ms=2
+)
 
 
 def line(field: str, limit: float, samples: list[float], **options: object) -> Verdict:
@@ -187,8 +193,8 @@ def make_report(**changes: object) -> reports.Report:
             system=None, governor=None, frequency_mhz=(2596.1,), frequency_limit_mhz=(),
         ),
         simulated=False,
-        workload=reports.Workload(),
-        context_tokens=2048,
+        workload=reports.LanguageWorkload(),
+        details=reports.LanguageDetails(context_tokens=2048, predicted=PREDICTED),
         threads=2,
         repetitions=2,
         planned_repetitions=59,
@@ -198,7 +204,6 @@ def make_report(**changes: object) -> reports.Report:
         warmup={},
         unmeasured={"power_w": "no sensor"},
         memory=None,
-        predicted=PREDICTED,
         budget=Budget(ttft_ms=5),
         host_load=reports.HostLoad(before=0.1, during=0.2, steal=0.0, own=0.5, allowed=0.1),
         temperatures=(reports.Temperature(zone="z", before_c=40, after_c=50),),
@@ -217,6 +222,32 @@ def make_report(**changes: object) -> reports.Report:
 def test_report_survives_json() -> None:
     report = make_report()
     assert from_json(to_json(report), reports.Report) == report
+
+
+def test_a_report_of_the_first_schema_is_still_read(tmp_path: Path) -> None:
+    report = make_report()
+    old = json.loads(to_json(report))
+    details, workload = old.pop("details"), old["workload"]
+    old |= {"schema_version": 1, "context_tokens": details["context_tokens"], "predicted": details["predicted"]}
+    del workload["kind"]
+    (tmp_path / "r.json").write_text(json.dumps(old))
+    assert reports.read_report(tmp_path / "r.json") == report
+
+
+def test_a_report_of_a_tensor_bundle_survives_json() -> None:
+    details = reports.TensorDetails(
+        backend="onnxruntime-cpu", scheme="int8-static", providers=("CPUExecutionProvider",), inputs="random numbers",
+        calls=1, held_bytes=32, shapes=({"x": (1, 8)},), predicted=TENSOR_PREDICTED,
+    )  # fmt: skip
+    report = make_report(workload=reports.TensorWorkload(axes={"batch": 1}), details=details)
+    assert from_json(to_json(report), reports.Report) == report
+
+
+def test_predicted_latency_is_for_the_usual_sizes() -> None:
+    assert tensor_predictions(TENSOR_PREDICTED, usual=True) == {"peak_memory_bytes": 4, "latency_ms": 2}
+    assert tensor_predictions(TENSOR_PREDICTED, usual=False) == {"peak_memory_bytes": 4}
+    unknown = msgspec.structs.replace(TENSOR_PREDICTED, latency_ms=None)
+    assert tensor_predictions(unknown, usual=True) == {"peak_memory_bytes": 4}
 
 
 def test_report_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -255,6 +286,8 @@ def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
         (b"\xff\xfe", "no valid report"),
         (b'{"schema_version": 99}', "schema version 99"),
         (b'{"schema_version": 1, "bundle": 3}', "no valid report"),
+        (b'{"schema_version": 1, "workload": 3}', "no valid report"),
+        (b'{"schema_version": 2, "bundle": 3}', "no valid report"),
     ],
 )
 def test_bad_report_is_one_line(tmp_path: Path, text: bytes, match: str) -> None:

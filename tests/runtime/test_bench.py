@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import psutil
@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 
 from edgeq.bundle import MANIFEST, hash_file
 from edgeq.errors import BundleError, EdgeqError, PromptTooLongError, SessionError, UsageError
-from edgeq.report import Report, Workload
+from edgeq.report import LanguageDetails, LanguageWorkload, Report, TensorWorkload
 from edgeq.runtime.bench import run_bench
+from edgeq.runtime.bench_language import LanguageSubject, prompts, samples_per_answer
+from edgeq.runtime.bench_messages import Finished, Generate, Load, Loaded, Sample, Usage
 from edgeq.runtime.bench_process import WorkerProcess
-from edgeq.runtime.bench_run import Conditions, planned_loads, planned_repetitions, prompts
-from edgeq.runtime.bench_worker import Finished, Generate, Load, Loaded, Sample, Usage
+from edgeq.runtime.bench_run import Conditions, planned_loads, planned_repetitions
 from edgeq.types import Budget, from_json, to_json
 
 # The machine that runs the tests may be busy; only the tests of host load look at it.
 ANY_LOAD = 1.0
-SHORT = Workload(prompt_tokens=8, output_tokens=4, warmup=1, repetitions=5, threads=1)
+SHORT = LanguageWorkload(prompt_tokens=8, output_tokens=4, warmup=1, repetitions=5, threads=1)
 BUDGET = Budget(peak_memory_bytes=1 << 20, load_ms=120_000, ttft_ms=60_000, itl_ms=1e-3, tokens_per_s=1e-3, power_w=15)
 BALLAST_BYTES = 300 << 20
 
@@ -93,7 +94,8 @@ def test_report_identifies_bundle_machine_and_tools(report: Report, smollm2_bund
     assert report.manifest_sha256 == hash_file(smollm2_bundle / MANIFEST)
     assert report.device.logical_cpus == len(os.sched_getaffinity(0))
     assert {"edgeq", "python", "llama.cpp", "llama-cpp-python"} <= set(report.tools)
-    assert (report.context_tokens, report.simulated, report.profile) == (512, False, "laptop-cpu")
+    assert isinstance(report.details, LanguageDetails)
+    assert (report.details.context_tokens, report.simulated, report.profile) == (512, False, "laptop-cpu")
     assert report.host_load.during is not None
     assert report.host_load.own is not None
     assert report.host_load.own > 0.05
@@ -105,24 +107,27 @@ def test_no_prompt_is_found_in_the_cache(report: Report) -> None:
 
 
 def test_nothing_constrained_has_no_result(smollm2_bundle: Path) -> None:
-    workload = Workload(prompt_tokens=4, output_tokens=1, warmup=0, repetitions=1, threads=1, context_tokens=64)
+    workload = LanguageWorkload(prompt_tokens=4, output_tokens=1, warmup=0, repetitions=1, threads=1, context_tokens=64)
     report = run_bench(smollm2_bundle, workload, max_host_load=ANY_LOAD)
     assert report.result is None
-    assert (report.threads, report.context_tokens, report.warmup) == (1, 64, {})
+    assert isinstance(report.details, LanguageDetails)
+    assert (report.threads, report.details.context_tokens, report.warmup) == (1, 64, {})
     assert len(report.metrics["load_ms"].samples) == 1
     assert "itl_ms" not in report.metrics
     assert "no gap" in report.unmeasured["itl_ms"]
 
 
 def test_time_ends_a_run_and_the_report_says_so(smollm2_bundle: Path) -> None:
-    workload = Workload(prompt_tokens=4, output_tokens=2, warmup=0, threads=1, repetitions=100_000, max_seconds=1.5)
+    workload = LanguageWorkload(
+        prompt_tokens=4, output_tokens=2, warmup=0, threads=1, repetitions=100_000, max_seconds=1.5
+    )
     report = run_bench(smollm2_bundle, workload, max_host_load=ANY_LOAD)
     assert 1 <= report.repetitions < 100_000
     assert any("--max-seconds" in note and f"{report.repetitions} of 100000" in note for note in report.notes)
 
 
 def test_seconds_instead_of_repetitions(smollm2_bundle: Path) -> None:
-    workload = Workload(prompt_tokens=4, output_tokens=2, warmup=0, threads=1, seconds=0.7)
+    workload = LanguageWorkload(prompt_tokens=4, output_tokens=2, warmup=0, threads=1, seconds=0.7)
     report = run_bench(smollm2_bundle, workload, max_host_load=ANY_LOAD)
     assert report.planned_repetitions is None
     assert report.duration_s >= 0.7
@@ -140,7 +145,7 @@ def test_a_loaded_host_is_named_and_nothing_passes(smollm2_bundle: Path) -> None
     try:
         report = run_bench(
             smollm2_bundle,
-            Workload(prompt_tokens=8, output_tokens=4, warmup=0, repetitions=5, threads=1),
+            LanguageWorkload(prompt_tokens=8, output_tokens=4, warmup=0, repetitions=5, threads=1),
             budget=Budget(peak_memory_bytes=1 << 40, tokens_per_s=1e-3),
         )
     finally:
@@ -157,7 +162,7 @@ def test_a_loaded_host_is_named_and_nothing_passes(smollm2_bundle: Path) -> None
 @pytest.mark.skipif(os.uname().machine == "aarch64", reason="the profile would describe this machine")
 def test_a_bundle_for_another_device_never_passes_here(smollm2_gguf: Path, make_bundle: MakeBundle) -> None:
     bundle = make_bundle(smollm2_gguf, built_for="jetson-orin")
-    workload = Workload(prompt_tokens=4, output_tokens=2, warmup=0, threads=1, repetitions=5)
+    workload = LanguageWorkload(prompt_tokens=4, output_tokens=2, warmup=0, threads=1, repetitions=5)
     report = run_bench(bundle, workload, budget=Budget(peak_memory_bytes=1 << 40), max_host_load=ANY_LOAD)
     assert report.simulated
     assert not report.valid
@@ -171,7 +176,7 @@ def test_nor_does_one_for_a_device_of_the_users_own(smollm2_gguf: Path, make_bun
     manifest = json.loads((bundle / "edgeq.json").read_text())
     manifest["target"] = {"arch": "aarch64", "accelerator": "cpu"}
     (bundle / "edgeq.json").write_text(json.dumps(manifest))
-    workload = Workload(prompt_tokens=1, output_tokens=2, warmup=0, threads=1, repetitions=1)
+    workload = LanguageWorkload(prompt_tokens=1, output_tokens=2, warmup=0, threads=1, repetitions=1)
     report = run_bench(bundle, workload, budget=Budget(peak_memory_bytes=1 << 40), max_host_load=ANY_LOAD)
     assert report.simulated
     assert report.result == "INSUFFICIENT"
@@ -179,7 +184,7 @@ def test_nor_does_one_for_a_device_of_the_users_own(smollm2_gguf: Path, make_bun
 
 def test_an_unknown_profile_is_noted(smollm2_gguf: Path, make_bundle: MakeBundle) -> None:
     bundle = make_bundle(smollm2_gguf, built_for="my-robot")
-    workload = Workload(prompt_tokens=1, output_tokens=2, warmup=0, threads=1, repetitions=1)
+    workload = LanguageWorkload(prompt_tokens=1, output_tokens=2, warmup=0, threads=1, repetitions=1)
     report = run_bench(bundle, workload, max_host_load=ANY_LOAD)
     assert [note for note in report.notes if "my-robot" in note]
     assert report.valid
@@ -297,31 +302,49 @@ def test_confidence_and_host_load_are_shares(smollm2_bundle: Path) -> None:
 
 def test_a_workload_that_does_not_fit_the_context(smollm2_bundle: Path) -> None:
     with pytest.raises(PromptTooLongError, match="make 600, the context holds 512"):
-        run_bench(smollm2_bundle, Workload(prompt_tokens=500, output_tokens=100))
+        run_bench(smollm2_bundle, LanguageWorkload(prompt_tokens=500, output_tokens=100))
 
 
-def conditions(workload: Workload, **limits: float) -> Conditions:
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"workload": TensorWorkload()}, "is a language model, and the workload is for others"),
+        ({"inputs": Path("x.npz")}, "which takes no arrays"),
+        ({"budget": Budget(latency_ms=5)}, "which has no latency p99"),
+    ],
+)
+def test_what_only_the_other_kind_of_bundle_has(smollm2_bundle: Path, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        run_bench(smollm2_bundle, **options)
+
+
+def conditions(workload: LanguageWorkload, **limits: float) -> Conditions:
     return Conditions(workload, msgspec.convert(limits, Budget), confidence=0.95, max_host_load=1)
 
 
+def wanted(made_for: Conditions) -> int | None:
+    assert isinstance(made_for.workload, LanguageWorkload)
+    return planned_repetitions(made_for, samples_per_answer(made_for.workload), LanguageSubject.fewest_repetitions)
+
+
 def test_repetitions_follow_from_the_budget() -> None:
-    default = Workload()
-    assert planned_repetitions(conditions(default)) == 10
-    assert planned_repetitions(conditions(default, peak_memory_bytes=1, power_w=1)) == 10
-    assert planned_repetitions(conditions(default, ttft_ms=1)) == 124  # p95 at 95 % with two misses
-    assert planned_repetitions(conditions(default, itl_ms=1)) == 21  # 628 gaps, 31 of them in each answer
-    assert planned_repetitions(conditions(Workload(output_tokens=11), itl_ms=1)) == 63
-    assert planned_repetitions(conditions(default, tokens_per_s=1)) == 11
-    assert planned_repetitions(conditions(Workload(repetitions=7), ttft_ms=1)) == 7
-    assert planned_repetitions(conditions(Workload(seconds=7), ttft_ms=1)) is None
-    assert planned_repetitions(conditions(Workload(output_tokens=1), itl_ms=1)) == 10
+    default = LanguageWorkload()
+    assert wanted(conditions(default)) == 10
+    assert wanted(conditions(default, peak_memory_bytes=1, power_w=1)) == 10
+    assert wanted(conditions(default, ttft_ms=1)) == 124  # p95 at 95 % with two misses
+    assert wanted(conditions(default, itl_ms=1)) == 21  # 628 gaps, 31 of them in each answer
+    assert wanted(conditions(LanguageWorkload(output_tokens=11), itl_ms=1)) == 63
+    assert wanted(conditions(default, tokens_per_s=1)) == 11
+    assert wanted(conditions(LanguageWorkload(repetitions=7), ttft_ms=1)) == 7
+    assert wanted(conditions(LanguageWorkload(seconds=7), ttft_ms=1)) is None
+    assert wanted(conditions(LanguageWorkload(output_tokens=1), itl_ms=1)) == 10
     strict = dataclasses.replace(conditions(default, ttft_ms=1), confidence=0.99)
-    assert planned_repetitions(strict) == 165
+    assert wanted(strict) == 165
 
 
 def test_load_times_take_several_processes_only_if_constrained() -> None:
-    assert planned_loads(conditions(Workload())) == 1
-    assert planned_loads(conditions(Workload(), load_ms=1)) == 8  # the median at 95 % with one miss
+    assert planned_loads(conditions(LanguageWorkload())) == 1
+    assert planned_loads(conditions(LanguageWorkload(), load_ms=1)) == 8  # the median at 95 % with one miss
 
 
 @given(
