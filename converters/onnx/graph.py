@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.converters.onnx.checks import check_skeleton
 from edgeq.converters.onnx.functions import expanded, half_functions, inlined
-from edgeq.converters.onnx.fusion import Facts, fuse
+from edgeq.converters.onnx.fusion import fuse
+from edgeq.converters.onnx.fusion_graph import Facts
 from edgeq.converters.onnx.infer import Inferred, Tensor, bind_inputs, folded_by, infer_graph, input_axes
 from edgeq.converters.onnx.layout import Blocked, block_channels
 from edgeq.converters.onnx.ops import make_node
@@ -55,13 +56,22 @@ def dynamic_axes(path: Path) -> dict[str, tuple[int | str | None, ...]]:
         return input_axes(skeleton.model)
 
 
-def read_onnx(path: Path, dims: Mapping[str, int], *, fixed: bool = False) -> OnnxShape:
+def read_onnx(
+    path: Path,
+    dims: Mapping[str, int],
+    *,
+    fixed: bool = False,
+    disabled_optimizers: Collection[str] = (),
+    on_gpu: bool = False,
+) -> OnnxShape:
     """What a model holds and what one call computes. Weights are never read.
 
     Args:
         path: the ``.onnx`` file; external data lies beside it.
         dims: size of every dynamic axis, such as ``{"batch": 1, "sequence": 128}``.
         fixed: whether the session is told the sizes when it is made, so that it knows all shapes beforehand.
+        disabled_optimizers: of ONNX Runtime, as the session will have them.
+        on_gpu: halves stay halves, and weights and images as they are.
 
     Raises:
         MissingPackageError: the package onnx is not installed.
@@ -75,7 +85,17 @@ def read_onnx(path: Path, dims: Mapping[str, int], *, fixed: bool = False) -> On
     with _one_line(path):
         skeleton = read_skeleton(path)
         check_skeleton(skeleton, path.name)
-        return _shape(skeleton, expanded(inlined(skeleton.model, path.name)), dims, fixed or not dims)
+        model = expanded(inlined(skeleton.model, path.name))
+        return _shape(skeleton, model, dims, _Session(fixed or not dims, frozenset(disabled_optimizers), on_gpu))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """What runs the graph; see `read_onnx`."""
+
+    fixed: bool
+    disabled: frozenset[str]
+    on_gpu: bool
 
 
 @contextlib.contextmanager
@@ -93,30 +113,37 @@ def _one_line(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _shape(skeleton: Skeleton, model: onnx.ModelProto, dims: Mapping[str, int], fixed: bool) -> OnnxShape:
+def _shape(skeleton: Skeleton, model: onnx.ModelProto, dims: Mapping[str, int], session: _Session) -> OnnxShape:
     bound = bind_inputs(model, dims)
-    model, sizes = _inferred(model, bound)
-    named = sizes if fixed else infer_graph(model, input_axes(model), complete=False)
+    if session.on_gpu:
+        sizes = infer_graph(model, bound, complete=True)
+    else:
+        model, sizes = _inferred(model, bound)
+    named = sizes if session.fixed else infer_graph(model, input_axes(model), complete=False)
     outputs = tuple(value.name for value in model.graph.output)
     _check_outputs(outputs, sizes)
     # A session that knows all sizes computes at once whatever follows from them.
-    folded = folded_by(model, sizes.constants if fixed else ())
+    folded = folded_by(model, sizes.constants if session.fixed else ())
     ops = [make_node(node, sizes, folded) for node in model.graph.node if not _is_gone(node, folded, outputs)]
 
-    types = {name: tensor.element_type for name, tensor in sizes.tensors.items()}
-    ops, wide = widen(ops, types, folded, outputs)
+    wide: dict[str, str] = {}
+    if not session.on_gpu:
+        types = {name: tensor.element_type for name, tensor in sizes.tensors.items()}
+        ops, wide = widen(ops, types, folded, outputs)
     sizes, named = (_with_floats(inferred, wide) for inferred in (sizes, named))
     folded |= {name for name, half in wide.items() if half in folded}
 
     facts = _facts(sizes, named, folded, outputs)
-    fused, made = fuse(ops, facts)
+    fused, made = fuse(ops, facts, disabled=session.disabled)
     more = {name: Tensor(weight.element_type, weight.dims) for name, weight in made.items()}
     sizes = dataclasses.replace(sizes, tensors={**sizes.tensors, **more})
     folded |= made.keys()
 
-    floats = frozenset(name for name, tensor in sizes.tensors.items() if tensor.element_type == FLOAT)
-    laid_out, blocked = block_channels(fused, facts, floats)
-    sizes, named = _with_blocks(sizes, blocked), _with_blocks(named, blocked)
+    laid_out: Sequence[GraphNode] = fused
+    if not session.on_gpu:
+        floats = frozenset(name for name, tensor in sizes.tensors.items() if tensor.element_type == FLOAT)
+        laid_out, blocked = block_channels(fused, facts, floats)
+        sizes, named = _with_blocks(sizes, blocked), _with_blocks(named, blocked)
     order = execution_order(laid_out, outputs)
     return OnnxShape(
         file_bytes=skeleton.file_bytes,

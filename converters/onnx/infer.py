@@ -174,8 +174,8 @@ def infer_graph(model: onnx.ModelProto, inputs: Mapping[str, tuple[Axis, ...]], 
         complete: True to insist on sizes for all axes; False to keep names, and what the file itself says of values.
 
     Raises:
-        UnsupportedModelError: control flow, or an operator that onnx does not know.
-        SourceError: the graph contradicts itself, or a shape cannot be inferred.
+        UnsupportedModelError: control flow, an operator that onnx does not know, or a shape that depends on the data.
+        SourceError: the graph contradicts itself.
     """
     require_package("onnx", "onnx", "to infer shapes")
     return _Walk(model, complete).run(inputs)
@@ -299,7 +299,7 @@ class _Walk:
             if not name:
                 continue
             if name not in self.types or _sizes(_axes(self.types[name])) is None:
-                raise SourceError(
+                raise UnsupportedModelError(
                     f"The shape of {name!r} (from {node.op_type}) does not follow from the inputs' shapes",
                     "Export the model with fewer data-dependent operators",
                 )

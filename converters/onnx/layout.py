@@ -11,7 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from edgeq.converters.onnx.fusion import Facts
+from edgeq.converters.onnx.fusion_graph import Facts
 from edgeq.profiles.onnx.memory import GraphNode
 
 __all__ = ["Blocked", "block_channels"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -29,12 +30,15 @@ __all__ = [
     "Form",
     "KernelTime",
     "OnnxFigures",
+    "OnnxMemory",
     "OnnxPrediction",
     "OnnxShape",
     "Parameter",
     "ProductTime",
     "interpolate",
+    "predict_node_us",
     "predict_onnx",
+    "predict_onnx_memory",
     "predict_onnx_ms",
 ]
 
@@ -219,6 +223,39 @@ class OnnxPrediction(Record, frozen=True, kw_only=True):
     latency_ms: float
 
 
+@dataclasses.dataclass(frozen=True)
+class OnnxMemory:
+    """What a process takes that serves a model on a CPU; the attributes are those of `OnnxPrediction`."""
+
+    weights_bytes: int
+    activation_bytes: int
+    bookkeeping_bytes: int
+    load_peak_bytes: int
+    serve_peak_bytes: int
+
+
+def predict_onnx_memory(shape: OnnxShape, *, loaded_bytes: int, runtime_bytes: int) -> OnnxMemory:
+    """Memory of a session with the options of `edgeq.profiles.onnx.session`.
+
+    Args:
+        shape: the model at the largest sizes that it will be called with.
+        loaded_bytes: of a process that has loaded a tiny model.
+        runtime_bytes: of the same once it has served.
+    """
+    arena = played_arena_bytes(shape.nodes, shape.values, shape.outputs)
+    kept = sum(p.n_bytes for p in shape.parameters if p.kept)
+    bookkeeping = _BOOKKEEPING_BYTES * shape.entries
+    handles = arena // _ARENA_BYTES_PER_HANDLE_BYTE
+    return OnnxMemory(
+        weights_bytes=kept,
+        activation_bytes=arena,
+        bookkeeping_bytes=bookkeeping + _SLACK_BYTES + handles,
+        # Kernels and their plan, about half of the bookkeeping, come after the weights.
+        load_peak_bytes=loaded_bytes + bookkeeping // 2 + _SLACK_BYTES + _loading_bytes(shape),
+        serve_peak_bytes=runtime_bytes + kept + bookkeeping + _SLACK_BYTES + handles + arena + shape.input_bytes,
+    )
+
+
 def predict_onnx(shape: OnnxShape, figures: OnnxFigures) -> OnnxPrediction:
     """Memory and time of a session with the options of `edgeq.profiles.onnx.session`.
 
@@ -226,24 +263,18 @@ def predict_onnx(shape: OnnxShape, figures: OnnxFigures) -> OnnxPrediction:
         shape: the model at the largest sizes that it will be called with.
         figures: of the machine, from the probe.
     """
-    arena = played_arena_bytes(shape.nodes, shape.values, shape.outputs)
-    kept = sum(p.n_bytes for p in shape.parameters if p.kept)
-    bookkeeping = _BOOKKEEPING_BYTES * shape.entries
-    handles = arena // _ARENA_BYTES_PER_HANDLE_BYTE
-    serve = figures.runtime_bytes + kept + bookkeeping + _SLACK_BYTES + handles + arena + shape.input_bytes
-    # Kernels and their plan, about half of the bookkeeping, come after the weights.
-    load = figures.loaded_bytes + bookkeeping // 2 + _SLACK_BYTES + _loading_bytes(shape)
+    memory = predict_onnx_memory(shape, loaded_bytes=figures.loaded_bytes, runtime_bytes=figures.runtime_bytes)
     return OnnxPrediction(
         file_bytes=shape.file_bytes,
-        weights_bytes=kept,
-        activation_bytes=arena,
+        weights_bytes=memory.weights_bytes,
+        activation_bytes=memory.activation_bytes,
         inexact_ops=tuple(sorted({node.op_type for node in shape.nodes} - PROVEN_OPS)),
         input_bytes=shape.input_bytes,
-        bookkeeping_bytes=bookkeeping + _SLACK_BYTES + handles,
+        bookkeeping_bytes=memory.bookkeeping_bytes,
         runtime_bytes=figures.runtime_bytes,
-        load_peak_bytes=load,
-        serve_peak_bytes=serve,
-        peak_memory_bytes=max(load, serve),
+        load_peak_bytes=memory.load_peak_bytes,
+        serve_peak_bytes=memory.serve_peak_bytes,
+        peak_memory_bytes=max(memory.load_peak_bytes, memory.serve_peak_bytes),
         latency_ms=predict_onnx_ms(shape, figures),
     )
 
@@ -266,10 +297,14 @@ def _loading_bytes(shape: OnnxShape) -> int:
 
 def predict_onnx_ms(shape: OnnxShape, figures: OnnxFigures) -> float:
     """Milliseconds of one call: its kernels one after the other."""
+    return (figures.call_overhead_us + math.fsum(predict_node_us(shape, figures))) / 1e3
+
+
+def predict_node_us(shape: OnnxShape, figures: OnnxFigures) -> tuple[float, ...]:
+    """Microseconds of each of a model's kernels, in their order."""
     elements = {name: value.n_bytes / max(value.item_bytes, 1) for name, value in shape.values.items()}
     table = _Table(figures)
-    total_ns = sum(table.node_ns(node, elements) for node in shape.nodes)
-    return (1e3 * figures.call_overhead_us + _COLDER_CACHES * total_ns) / 1e6
+    return tuple(_COLDER_CACHES * table.node_ns(node, elements) / 1e3 for node in shape.nodes)
 
 
 class _Table:

@@ -42,6 +42,9 @@ _REMEDIES = {
     "CUDAExecutionProvider": "Install onnxruntime-gpu in place of onnxruntime, and the CUDA and cuDNN that it needs",
     "TensorrtExecutionProvider": "Install onnxruntime-gpu in place of onnxruntime, and the TensorRT that it needs",
 }
+# Puts a float bias on a grid of 32 bits whose steps it computes in the type of the scales: in FP16 they vanish, and so
+# does the model (1.31, convolutions between QDQ grids with FP16 scales).
+_WRONG_OPTIMIZERS = ("WeightBiasQuantization",)
 _SAME_AS_REQUESTED = 1  # ArenaExtendStrategy::kSameAsRequested
 _WARNINGS_OFF = 3  # errors only: what ONNX Runtime warns of while it optimizes is no concern of a robot's log
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -140,7 +143,7 @@ def open_onnx_session(
                 source,
                 options,
                 providers=list(providers),
-                disabled_optimizers=list(disabled_optimizers),
+                disabled_optimizers=[*_WRONG_OPTIMIZERS, *disabled_optimizers],
                 enable_fallback=0,
             )
     except Exception as error:  # its exceptions have no common base but Exception
