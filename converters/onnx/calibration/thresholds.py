@@ -12,6 +12,9 @@ from edgeq.converters.onnx.calibration.ranges import Range
 
 __all__ = ["entropy_range", "kept_bins", "percentile_range"]
 
+_LEAST_FILLED = 2  # bins
+_MOST_CLIPPED = 0.5  # of the numbers
+
 
 def percentile_range(histogram: LogHistogram, percentile: float, *, symmetric: bool) -> Range:
     """The range of the middle ``percentile`` percent of all numbers; of their magnitudes if it shall be symmetric.
@@ -84,6 +87,9 @@ def entropy_range(histogram: LogHistogram, *, symmetric: bool, levels: int = 256
 def kept_bins(counts: NDArray[np.int64], levels: int) -> int:
     """How many bins to keep for the least divergence; of equals the most.
 
+    Never so few that most numbers are clipped, or that one bin holds all that is kept: both distributions are a point
+    then, and their divergence is 0 however much is clipped.
+
     Args:
         counts: of magnitudes, int64 of (bins,).
         levels: that they are quantized to.
@@ -106,7 +112,7 @@ def kept_bins(counts: NDArray[np.int64], levels: int) -> int:
     with np.errstate(divide="ignore", invalid="ignore"):
         cross = np.where(p > 0, p * np.log(inside / spread), 0.0).sum(axis=1)
         divergence = (own - cross) / upto[-1] - np.log(upto[-1]) + np.log(upto[kept])
-    divergence[np.isnan(divergence)] = np.inf
+    divergence[np.isnan(divergence) | (filled[kept] < _LEAST_FILLED) | (clipped > _MOST_CLIPPED * upto[-1])] = np.inf
     best = len(divergence) - 1 - int(np.argmin(divergence[::-1]))
     return int(kept[best])
 

@@ -12,6 +12,7 @@ from edgeq.converters.onnx.quantize.simplify import (
     drop_inactive,
     drop_neutral,
     drop_softmax_guards,
+    flatten_biases,
     fuse_gelu,
     pool_globally,
 )
@@ -27,6 +28,7 @@ _PASSES: tuple[_Pass, ...] = (
     ("nodes that do nothing dropped", drop_inactive),
     ("nodes of constants computed", fold_constants),
     ("sums with zeros and products with ones dropped", drop_neutral),
+    ("biases written as vectors", flatten_biases),
     ("normalizations and factors folded into convolutions", fold_affine),
     ("paddings folded into convolutions", fold_pads),
     ("means over pixels pooled globally", pool_globally),

@@ -30,20 +30,20 @@ _WEIGHTS: Mapping[str, tuple[int, ...]] = {
     "DynamicQuantizeLSTM": (1, 2),
     "DynamicQuantizeMatMul": (1,),
     "FusedConv": (1,),
-    "FusedGemm": (1,),
-    "FusedMatMul": (1,),
+    "FusedGemm": (0, 1),
+    "FusedMatMul": (0, 1),
     "GRU": (1, 2),
-    "Gemm": (1,),
+    "Gemm": (0, 1),
     "LSTM": (1, 2),
     "MatMul": (0, 1),
-    "MatMulInteger": (1,),
-    "MatMulIntegerToFloat": (1,),
+    "MatMulInteger": (0, 1),
+    "MatMulIntegerToFloat": (0, 1),
     "MatMulNBits": (1,),
     "NhwcFusedConv": (1,),
     "QAttention": (1,),
-    "QGemm": (3,),
+    "QGemm": (0, 3),
     "QLinearConv": (3,),
-    "QLinearMatMul": (3,),
+    "QLinearMatMul": (0, 3),
     "RNN": (1, 2),
 }
 _INT8 = frozenset(
@@ -56,6 +56,20 @@ _INT8 = frozenset(
         "QAttention",
         "QGemm",
         "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+# Two matrices, of which either may be the weight.
+_MATRICES = frozenset(
+    {
+        "DynamicQuantizeMatMul",
+        "FusedGemm",
+        "FusedMatMul",
+        "Gemm",
+        "MatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QGemm",
         "QLinearMatMul",
     }
 )
@@ -123,6 +137,9 @@ def coverage(
 ) -> Coverage:
     """What of a model's weights and multiply-adds is quantized.
 
+    Nodes in the bodies of If, Loop and Scan count as if they ran once; where their sizes are not known, once for each
+    weight.
+
     Args:
         model: the written file; counted itself if ``executed`` is None, as TensorRT executes its Q and DQ.
         executed: what `write_executed` wrote.
@@ -138,7 +155,7 @@ def coverage(
     # What is fused makes a value of the same name, and of what no standard operator makes only this file says sizes.
     shapes = {
         value.name: _sizes(value, dims or {})
-        for node in written.graph
+        for node in written.graph.all_nodes()
         for value in node.outputs
         if value.shape is not None
     }
@@ -147,11 +164,15 @@ def coverage(
         run = open_editor(executed)
         infer_shapes(run)
         graph = run.graph
-    counted = [found for node in graph if (found := _count(node, shapes, executed is None)) is not None]
+    counted = [
+        found
+        for node in graph.all_nodes()
+        if (found := _count(node, shapes, executed is None, body=node.graph is not graph)) is not None
+    ]
     if not counted:
         raise ConversionError(f"{model.name} holds no matrix product or convolution with weights", "Ship it as it is")
     weights, macs = sum(c.weights for c in counted), sum(c.macs for c in counted)
-    names = {node.name for node in written.graph if node.name}
+    names = {node.name for node in written.graph.all_nodes() if node.name}
     small = [c for c in counted if c.precision not in ("fp32", "fp16")]
     left = sorted((c for c in counted if c.precision in ("fp32", "fp16")), key=lambda c: (-c.macs, c.name))
     return Coverage(
@@ -211,21 +232,50 @@ def _groups(counted: Sequence[_Counted]) -> tuple[NodeGroup, ...]:
     return tuple(sorted(groups, key=lambda g: -g.macs))
 
 
-def _count(node: ir.Node, shapes: Mapping[str | None, tuple[int, ...]], explicit: bool) -> _Counted | None:
+def _count(
+    node: ir.Node, shapes: Mapping[str | None, tuple[int, ...]], explicit: bool, *, body: bool
+) -> _Counted | None:
     """A node's weights and multiply-adds; None if it is no product with weights."""
     places = [i for i in _WEIGHTS.get(node.op_type, ()) if i < len(node.inputs)]
-    sources = [found for i in places if (found := _weight_behind(node.inputs[i])) is not None]
+    sources = {i: found for i in places if (found := _weight_behind(node.inputs[i])) is not None}
     if not sources:
         return None
-    weights = sum(_elements(node, source) for source in sources)
+    weights = sum(_elements(node, source) for source in sources.values())
+    if node.op_type in _MATRICES:
+        place, source = max(sources.items())
+        macs = _matrix_macs(node, place, source, shapes)
+    else:
+        positions = _positions(node, shapes)
+        macs = None if positions is None else weights * positions
+    if macs is None and body:
+        macs = weights  # shapes are not inferred into every body
+    if macs is None:
+        raise SourceError(f"The shape at {node.op_type} {node.name!r} is not known", "Give sizes for all dynamic axes")
     return _Counted(
         name=node.name or node.op_type,
         op_type=node.op_type,
-        precision=_precision(node, places, explicit),
+        precision=_precision(node, min(sources), explicit),
         weights=weights,
-        weight_bytes=sum(source.const_value.nbytes for source in sources if source.const_value is not None),
-        macs=weights * _positions(node, shapes),
+        weight_bytes=sum(source.const_value.nbytes for source in sources.values() if source.const_value is not None),
+        macs=macs,
     )
+
+
+def _matrix_macs(
+    node: ir.Node, place: int, weight: ir.Value, shapes: Mapping[str | None, tuple[int, ...]]
+) -> int | None:
+    """Multiply-adds of a product of two matrices: elements of what it makes, times the axis that is summed over."""
+    left = place == 0
+    given = sizes_of(node.inputs[place])
+    known = tuple(size or 0 for size in (given if given and None not in given else sizes_of(weight)) or ())
+    transposed = attribute_int(node, "transA" if left else "transB", 0) != 0
+    depth = known[-1 if left != transposed else -2]
+    made = _known(node.outputs[0], shapes)
+    if made is not None:
+        return math.prod(made) * depth
+    other = _before(node.inputs[_WEIGHTS[node.op_type][-1] if left else 0], shapes)
+    # Every row (or column) of what it reads meets one matrix of weights.
+    return None if other is None else math.prod(other) // max(depth, 1) * math.prod(known[-2:])
 
 
 def _elements(node: ir.Node, weight: ir.Value) -> int:
@@ -246,7 +296,7 @@ def _weight_behind(value: ir.Value | None) -> ir.Value | None:
     return value
 
 
-def _precision(node: ir.Node, places: Sequence[int], explicit: bool) -> str:
+def _precision(node: ir.Node, place: int, explicit: bool) -> str:
     """What a node computes in. Behind explicit Q and DQ, TensorRT computes in what is dequantized on both sides."""
     import onnx_ir as ir
 
@@ -262,7 +312,7 @@ def _precision(node: ir.Node, places: Sequence[int], explicit: bool) -> str:
             return "fp8"
         if types[1] in (ir.DataType.INT4, ir.DataType.UINT4):
             return "int4"
-    weight = node.inputs[places[0]]
+    weight = node.inputs[place]
     return "fp16" if weight is not None and weight.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else "fp32"
 
 
@@ -281,16 +331,20 @@ def _sizes(value: ir.Value, dims: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else dims.get(str(dim.value), 1) for dim in value.shape or ())
 
 
-def _positions(node: ir.Node, shapes: Mapping[str | None, tuple[int, ...]]) -> int:
-    """By how many rows or pixels every weight is multiplied."""
+def _known(value: ir.Value, shapes: Mapping[str | None, tuple[int, ...]]) -> tuple[int, ...] | None:
+    if value.name in shapes:
+        return shapes[value.name]
+    return None if value.shape is None else _sizes(value, {})
+
+
+def _positions(node: ir.Node, shapes: Mapping[str | None, tuple[int, ...]]) -> int | None:
+    """By how many rows or pixels every weight is multiplied; None if sizes are not known."""
     source = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
-    sizes = None if source is None else shapes.get(source.name)
-    if sizes is None and source is not None and source.shape is not None:
-        sizes = _sizes(source, {})
+    sizes = None if source is None else _known(source, shapes)
     if sizes is None and node.op_type not in _CONVOLUTIONS:
         sizes = _before(node.inputs[0], shapes)  # a product has as many rows as what it reads
     if sizes is None:
-        raise SourceError(f"The shape at {node.op_type} {node.name!r} is not known", "Give sizes for all dynamic axes")
+        return None
     if node.op_type in _CONVOLUTIONS or node.op_type == "ConvTranspose":
         return math.prod((sizes[0], *sizes[2:]))
     return math.prod(sizes[:-1])

@@ -7,6 +7,7 @@ products share one grid): DynamicQuantizeLinear, MatMulInteger, Cast, and Mul by
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import numpy as np
 from edgeq.converters.onnx.quantize.affine import quantize_weight
 from edgeq.converters.onnx.quantize.embeddings import quantize_embeddings
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, require_opset, save_model
+from edgeq.converters.onnx.quantize.narrow import quantize_narrow
 from edgeq.converters.onnx.quantize.sites import Product, editor_products
 from edgeq.errors import ConversionError
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["quantize_dynamic"]
 
 _LEAST_OPSET = 11
-_STEPS, _NARROW_STEPS = 127, 63
 
 
 def quantize_dynamic(
@@ -45,7 +46,7 @@ def quantize_dynamic(
         model: cleaned floats.
         out: is written; weights beside it if they are large.
         keep_float: names of nodes that stay floats.
-        narrow_weights: of 7 bits, for CPUs that add products of bytes in 16 bits (x86 without VNNI).
+        narrow_weights: of fewer steps, for CPUs that add products of bytes in 16 bits (x86 without VNNI).
         embeddings: whether tables that are looked up become integers too, with a scale for each row.
 
     Raises:
@@ -55,9 +56,9 @@ def quantize_dynamic(
     editor = open_editor(model)
     require_opset(editor, _LEAST_OPSET, "dynamic quantization")
     products = matrix_products(editor, keep_float)
-    grids: dict[ir.Value, tuple[ir.Value, ...]] = {}
+    made = _Made(narrow_weights)
     for product in products:
-        _rewrite(editor, product, grids, _NARROW_STEPS if narrow_weights else _STEPS)
+        _rewrite(editor, product, made)
     if embeddings:
         quantize_embeddings(editor, keep_float)
     save_model(editor, out)
@@ -84,28 +85,49 @@ def matrix_products(editor: Editor, keep_float: Set[str]) -> tuple[Product, ...]
     return products
 
 
-def _rewrite(editor: Editor, product: Product, grids: dict[ir.Value, tuple[ir.Value, ...]], steps: int) -> None:
-    import onnx_ir as ir
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What products share.
 
-    node, name = product.node, product.name
+    Attributes:
+        narrow: whether sums of two products must fit into 16 bits.
+        grids: integers, scale and zero point of an activation.
+        weights: the same of a weight, by its axis of output channels.
+    """
+
+    narrow: bool
+    grids: dict[ir.Value, tuple[ir.Value, ...]] = dataclasses.field(default_factory=dict)
+    weights: dict[tuple[ir.Value, int], tuple[ir.Value, ...]] = dataclasses.field(default_factory=dict)
+
+
+def _weight_constants(editor: Editor, product: Product, narrow: bool) -> tuple[ir.Value, ...]:
     weight = array_of(product.weight)
     if weight is None:
-        raise ConversionError(f"The weight of {name!r} is not constant", "Export the model again")
-    integers, scales = quantize_weight(weight, product.axis, steps=steps)
+        raise ConversionError(f"The weight of {product.name!r} is not constant", "Export the model again")
+    integers, scales = (quantize_narrow if narrow else quantize_weight)(weight, product.axis)
     if product.axis == 0:
         integers = np.ascontiguousarray(integers.T)
-    if product.activation not in grids:
-        made = editor.node(
-            "DynamicQuantizeLinear", [product.activation], f"{product.activation.name}_quantize", before=node, outputs=3
-        )
-        grids[product.activation] = tuple(made.outputs)
-    quantized, scale, zero = grids[product.activation]
-    base = product.weight.name or name
-    constants = [
+    base = product.weight.name or product.name
+    return (
         editor.constant(f"{base}_quantized", integers),
         editor.constant(f"{base}_scale", scales),
         editor.constant(f"{base}_zero_point", np.zeros(scales.shape, np.int8)),
-    ]
+    )
+
+
+def _rewrite(editor: Editor, product: Product, made: _Made) -> None:
+    import onnx_ir as ir
+
+    node, name, key = product.node, product.name, (product.weight, product.axis)
+    if product.activation not in made.grids:
+        grid = editor.node(
+            "DynamicQuantizeLinear", [product.activation], f"{product.activation.name}_quantize", before=node, outputs=3
+        )
+        made.grids[product.activation] = tuple(grid.outputs)
+    if key not in made.weights:
+        made.weights[key] = _weight_constants(editor, product, made.narrow)
+    quantized, scale, zero = made.grids[product.activation]
+    constants = made.weights[key]
     total = editor.node("MatMulInteger", [quantized, constants[0], zero, constants[2]], f"{name}_integer", before=node)
     floats = editor.node("Cast", total.outputs, f"{name}_cast", before=node, attributes={"to": ir.DataType.FLOAT.value})
     factor = editor.node("Mul", [scale, constants[1]], f"{name}_scales", before=node)

@@ -152,9 +152,9 @@ class Editor:
         """Drop nodes and initializers that lead to no output, and sort the rest."""
         from onnx_ir.passes import common
 
+        self.graph.sort()  # the pass walks backwards once: a reader that stands before its maker would keep it
         common.RemoveUnusedNodesPass()(self.model)
         common.RemoveUnusedOpsetsPass()(self.model)
-        self.graph.sort()
 
 
 def open_editor(path: Path) -> Editor:

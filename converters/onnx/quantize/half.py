@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, infer_shapes, is_constant, open_editor, save_model
+from edgeq.converters.onnx.quantize.half_scales import GRIDS, fine_grids, refit_channels, with_their_grids
+from edgeq.converters.onnx.quantize.type_check import require_types, takes_halves
 from edgeq.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HalfType", "to_half"]
 
-_LEAST_HALF = 2.0**-24  # the least of float16 that is not zero
+_LARGEST = 65504.0  # of float16
 
 HalfType = Literal["float16", "bfloat16"]
 
@@ -34,12 +36,10 @@ _OVERFLOWS = """
 """
 # Counting in halves goes wrong above 2,048; these make indices, coordinates, or constants whose type is an attribute.
 _COUNTS = """
-    Bernoulli ConstantOfShape DeformConv EyeLike GridSample Multinomial NonMaxSuppression RandomNormal RandomNormalLike
-    RandomUniform RandomUniformLike Range Resize RoiAlign STFT DFT TopK Unique Upsample
+    Bernoulli BlackmanWindow ConstantOfShape DeformConv EyeLike GridSample HammingWindow HannWindow MelWeightMatrix
+    Multinomial NonMaxSuppression RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Resize RoiAlign
+    STFT DFT TopK Unique Upsample
 """
-# Grids for integers and FP8: scales in halves exist since opset 19.
-_GRIDS = frozenset({"DequantizeLinear", "QuantizeLinear"})
-_GRIDS_SINCE = 19
 _KEPT = frozenset((_OVERFLOWS + _COUNTS).split()) | {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 
 
@@ -52,13 +52,14 @@ def to_half(
         model: floats, or a QDQ graph made for TensorRT.
         out: is written; weights beside it if they are large.
         dtype: ``"float16"`` or ``"bfloat16"``.
-        keep_float: names of nodes that stay float32.
+        keep_float: names of nodes that stay float32, with the grids that they read.
 
     Returns:
-        Notes: what was cut to the largest number of the type.
+        Notes: what was cut to the largest number of the type, and grids that stay float32.
 
     Raises:
-        ConversionError: control flow, a value whose type cannot be inferred, or names that no node has.
+        ConversionError: control flow, a value whose type cannot be inferred, names that no node has, or a graph that
+            ONNX's own rules refuse.
         SourceError: no sound ONNX file.
     """
     editor = open_editor(model)
@@ -66,17 +67,21 @@ def to_half(
     if unknown:
         raise ConversionError(f"No node is named {', '.join(map(repr, unknown[:5]))}", "Name nodes as they are listed")
     infer_shapes(editor)
-    halver = _Halver(editor, dtype, keep_float)
+    fine: Set[ir.Node] = frozenset()
+    if dtype == "float16":  # bfloat16 reaches as far as float32
+        refit_channels(editor)
+        fine = fine_grids(editor)
+    kept = with_their_grids(node for node in editor.graph if node.name in keep_float)
+    halver = _Halver(editor, dtype, kept, fine)
     for node in tuple(editor.graph):
         halver.convert(node)
     halver.outputs()
-    # Declared types of values that moved would contradict their operators; they follow from those anyway.
-    for value in [value for node in editor.graph for value in node.outputs if not value.is_graph_output()]:
+    # What was declared of values before they moved is no longer of use; it follows from standard operators anyway.
+    for value in [v for node in editor.nodes() for v in node.outputs if not v.is_graph_output()]:
         value.type, value.shape = None, None
     save_model(editor, out)
-    if not halver.cut:
-        return ()
-    return (f"{len(halver.cut)} constants beyond {dtype} were cut to its largest number, such as {halver.cut[0]!r}",)
+    require_types(out)
+    return halver.notes()
 
 
 @dataclasses.dataclass
@@ -85,7 +90,8 @@ class _Halver:
 
     editor: Editor
     dtype: HalfType
-    keep_float: Set[str]
+    kept: Set[ir.Node]  # by the caller's wish
+    fine: Set[ir.Node]  # because of their scales
     cut: list[str] = dataclasses.field(default_factory=list)
     casts: dict[tuple[ir.Value, bool], ir.Value] = dataclasses.field(default_factory=dict)
     halves: set[ir.Value] = dataclasses.field(default_factory=set)
@@ -117,13 +123,9 @@ class _Halver:
                 self.halves.add(value)
 
     def _is_half(self, node: ir.Node) -> bool:
-        if node.name in self.keep_float:
+        if node.domain != "" or node in self.kept or node in self.fine:
             return False
-        if node.domain != "":
-            return False
-        if node.op_type in _GRIDS:
-            return self.editor.opset >= _GRIDS_SINCE
-        return node.op_type not in _KEPT
+        return node.op_type not in _KEPT and takes_halves(node.op_type, self.editor.opset)
 
     def _is_float(self, value: ir.Value, node: ir.Node) -> bool:
         import onnx_ir as ir
@@ -145,7 +147,7 @@ class _Halver:
             node.outputs[0].dtype = self.half
             self.halves.add(node.outputs[0])
 
-    def _as(self, value: ir.Value, half: bool, reader: ir.Node) -> ir.Value:
+    def _as(self, value: ir.Value, half: bool, reader: ir.Node | None) -> ir.Value:
         """A value as halves or as floats, by a cast if it is not."""
         import onnx_ir as ir
 
@@ -163,7 +165,6 @@ class _Halver:
         name = f"{value.name}_{'half' if half else 'float'}"
         array = array_of(value)
         if array is not None and half:
-            self._refuse_vanishing(value, array, reader)
             made = self.editor.constant(name, self._rounded(array, value.name or ""), dtype)
         else:
             cast = self.editor.node("Cast", [value], name, before=reader, attributes={"to": dtype.value}, like=value)
@@ -173,33 +174,35 @@ class _Halver:
             self.halves.add(made)
         return made
 
-    def _refuse_vanishing(self, value: ir.Value, array: NDArray[Any], reader: ir.Node | None) -> None:
-        """A scale of zero would make every number of its tensor zero."""
-        is_scale = reader is not None and reader.op_type in _GRIDS and value in reader.inputs[1:2]
-        if is_scale and self.dtype == "float16" and ((array != 0) & (np.abs(array) < _LEAST_HALF)).any():
-            raise ConversionError(
-                f"The scale {value.name!r} is {float(np.abs(array).min()):.2g}, which is nothing in FP16",
-                "Keep what it rounds in floats, or check the weights: signals of that size are dead",
-            )
-
     def _rounded(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         import ml_dtypes
 
         if self.dtype == "bfloat16":
             return array.astype(ml_dtypes.bfloat16)
-        largest = float(np.finfo(np.float16).max)
-        beyond = np.isfinite(array) & (np.abs(array) > largest)
+        beyond = np.isfinite(array) & (np.abs(array) > _LARGEST)
         if beyond.any():
             self.cut.append(name)
-            array = np.where(beyond, np.copysign(np.float32(largest), array), array)
+            array = np.where(beyond, np.copysign(np.float32(_LARGEST), array), array)
         return array.astype(np.float16)
 
     def outputs(self) -> None:
-        """Give what leaves the graph the type that it had."""
-        for value in tuple(self.editor.graph.outputs):
+        """Give what leaves the graph the type that it had; readers inside keep what they read."""
+        graph = self.editor.graph
+        for index, value in enumerate(tuple(graph.outputs)):
             if value in self.halves:
-                made = self._made(value, False, None)
-                cast = made.producer()
-                self.editor.replace(value, made)
-                if cast is not None:  # `replace` has turned the cast upon itself
-                    cast.replace_input_with(0, value)
+                made, name = self._as(value, False, None), value.name or ""
+                value.name = self.editor.unique(f"{name}_before")
+                made.name = name
+                graph.outputs[index] = made
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know."""
+        notes = []
+        if self.cut:
+            largest = f"{len(self.cut)} constants beyond {self.dtype} were cut to its largest number"
+            notes.append(f"{largest}, such as {self.cut[0]!r}")
+        fine = sorted(node.name or "" for node in self.fine if node.op_type not in GRIDS)
+        if fine:
+            why = f"scales of its grids lie outside of {self.dtype}'s normal numbers"
+            notes.append(f"{len(fine)} nodes read 8 bits but compute in float32, such as {fine[0]!r}: {why}")
+        return tuple(notes)

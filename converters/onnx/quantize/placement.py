@@ -19,6 +19,7 @@ from edgeq.converters.onnx.quantize.sites import (
     activation_after,
     clip_bounds,
     editor_products,
+    has_dilations,
     is_same_scale,
     light_inputs,
 )
@@ -129,21 +130,23 @@ def place_for_cpu(editor: Editor, keep_float: Set[str]) -> Placement:
     products = {n: p for n, p in editor_products(editor).items() if n.name not in keep_float}
     made: dict[ir.Value, Point] = {}
     integers: dict[ir.Node, tuple[ir.Value, ...]] = {}
+    floats = {node.inputs[0] for node in editor.graph if has_dilations(node)}
     for node in tuple(editor.graph):
         if node.name in keep_float:
             continue
         if node in products:
             integers[node] = (products[node].activation,)
             if node.op_type == "Conv" or _feeds_products(node, products):
-                _emit(node, made)
+                _emit(node, made, floats)
         elif is_same_scale(node) and node.inputs[0] in made:
             source = made[node.inputs[0]]
             integers[node] = (source.value,)
             for value in node.outputs:
-                made[value] = Point(value, source.root, None)
+                if value not in floats:
+                    made[value] = Point(value, source.root, None)
         elif (inputs := light_inputs(node)) and all(value in made for value in inputs):
             integers[node] = inputs
-            _emit(node, made)
+            _emit(node, made, floats)
     taken: dict[ir.Value, list[ir.Node]] = {}
     for node, inputs in integers.items():
         for value in inputs:
@@ -153,10 +156,12 @@ def place_for_cpu(editor: Editor, keep_float: Set[str]) -> Placement:
     return Placement(tuple(products.values()), (*points, *made.values()))
 
 
-def _emit(node: ir.Node, made: dict[ir.Value, Point]) -> None:
-    """Put a node's output on a grid, behind the Relu or Clip that follows it."""
+def _emit(node: ir.Node, made: dict[ir.Value, Point], floats: Set[ir.Value | None]) -> None:
+    """Put a node's output on a grid, behind the Relu or Clip that follows it, unless it must stay in floats."""
     after = activation_after(node)
     value = node.outputs[0] if after is None else after.outputs[0]
+    if value in floats:
+        return
     fixed = (0.0, 1.0) if node.op_type == "Sigmoid" and after is None else None
     made[value] = Point(value, value, None, after, fixed)
 

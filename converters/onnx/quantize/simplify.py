@@ -20,7 +20,7 @@ from edgeq.converters.onnx.quantize.graph import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["drop_inactive", "drop_neutral", "drop_softmax_guards", "fuse_gelu", "pool_globally"]
+__all__ = ["drop_inactive", "drop_neutral", "drop_softmax_guards", "flatten_biases", "fuse_gelu", "pool_globally"]
 
 _GELU_SINCE = 20
 _CLOSE = 1e-4  # exporters write constants in 3 to 7 digits
@@ -83,6 +83,26 @@ def _keeps_shape(value: ir.Value, constant: ir.Value | None) -> bool:
     return all(size in (1, own) for size, own in zip(reversed(other), reversed(shape), strict=False))
 
 
+def flatten_biases(editor: Editor) -> int:
+    """Write a Gemm's bias that is the same for all rows, as a matrix of one row or a single number, as a vector.
+
+    Returns:
+        How many were written.
+    """
+    count = 0
+    for node in editor.nodes("Gemm"):
+        bias, weight = array_of(node.inputs[2] if len(node.inputs) > 2 else None), sizes_of(node.inputs[1])
+        if bias is None or weight is None or len(weight) != 2:
+            continue
+        columns = weight[0 if attribute_int(node, "transB", 0) else 1]
+        if columns is None or bias.shape not in ((1, columns), (1, 1), (1,), ()) or bias.shape == (columns,):
+            continue
+        name = f"{node.name or 'gemm'}_bias"
+        node.replace_input_with(2, editor.constant(name, np.broadcast_to(bias.reshape(-1), (columns,))))
+        count += 1
+    return count
+
+
 def pool_globally(editor: Editor) -> int:
     """Write means over height and width, and pools over the whole image, as GlobalAveragePool.
 
@@ -106,7 +126,7 @@ def pool_globally(editor: Editor) -> int:
         if node.op_type == "ReduceMean" and attribute_int(node, "keepdims", 1) == 0:
             made = editor.node("Flatten", made.outputs, f"{name}_flat", before=node, attributes={"axis": 1})
         editor.replace(node.outputs[0], made.outputs[0])
-        made.outputs[0].shape = node.outputs[0].shape
+        made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
         editor.remove([node])
         count += 1
     return count

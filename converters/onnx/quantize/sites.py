@@ -12,6 +12,7 @@ from edgeq.converters.onnx.quantize.graph import (
     array_of,
     attribute_float,
     attribute_int,
+    attribute_ints,
     is_constant,
     open_editor,
     sizes_of,
@@ -30,6 +31,7 @@ __all__ = [
     "bias_behind",
     "clip_bounds",
     "editor_products",
+    "has_dilations",
     "is_same_scale",
     "light_inputs",
     "product_of",
@@ -213,9 +215,18 @@ def light_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
     given = [value for value in node.inputs if value is not None]
     if any(is_constant(value) for value in given) or len(given) != len(node.inputs):
         return ()
-    if node.op_type == "AveragePool" and attribute_int(node, "ceil_mode", 0):
+    if node.op_type == "AveragePool" and (attribute_int(node, "ceil_mode", 0) or has_dilations(node)):
         return ()
     return tuple(given)
+
+
+def has_dilations(node: ir.Node) -> bool:
+    """Whether a node is a mean over scattered pixels (opset 19), which ONNX Runtime's integer kernel does not know.
+
+    The runtime puts that kernel between any two grids all the same, and then refuses the graph.
+    """
+    steps = attribute_ints(node, "dilations") if node.op_type == "AveragePool" and node.domain == "" else None
+    return any(step != 1 for step in steps or ())
 
 
 def bias_behind(product: Product) -> tuple[ir.Node, ir.Value] | None:

@@ -31,7 +31,8 @@ from edgeq.converters.onnx.quantize.graph import (
     save_model,
     sizes_of,
 )
-from edgeq.converters.onnx.quantize.sites import Product, bias_behind, editor_products
+from edgeq.converters.onnx.quantize.sites import Product, bias_behind, editor_products, product_of
+from edgeq.converters.onnx.quantize.values import values_of
 from edgeq.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -39,14 +40,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ALPHAS", "Smoothed", "channel_tensors", "smooth"]
 
-ALPHAS = tuple(round(0.3 + 0.1 * i, 1) for i in range(6))
+ALPHAS = tuple(round(0.3 + 0.1 * i, 1) for i in range(8))
 _LEAST, _MOST = 1e-5, 1e5
 _SPLITS = (0, 1, 2, 4, 8)
 _NEARLY = 1.5  # times the least error is good enough where fewer channels are multiplied apart
 _PAID_SHARE = 2 / 3  # of the error may be left where smoothing costs a node
 
 
-_Kind = Literal["norm", "copy", "scale"]
+_Kind = Literal["norm", "value", "copy", "scale"]
+_FREE = frozenset({"norm", "value"})  # these change constants alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Smoothed:
 @dataclasses.dataclass(frozen=True)
 class _Site:
     kind: _Kind
-    norm: ir.Node
+    maker: ir.Node  # of a value behind attention the product that makes what is mixed
     value: ir.Value
     products: tuple[Product, ...]
 
@@ -143,6 +145,7 @@ def smooth(
     done = []
     for site in sites:
         sample = samples[site.value.name or ""]
+        site = _current(site)  # noqa: PLW2901 - an earlier site may have changed weights of this one
         weights = [_by_input(product) for product in site.products]
         chosen, result = _choose(site, sample, weights, alpha, shift and site.kind != "scale")
         if chosen is not None:
@@ -154,20 +157,29 @@ def smooth(
 
 def _sites(editor: Editor, paid: bool) -> tuple[_Site, ...]:
     read: dict[ir.Value, list[Product]] = {}
-    for product in editor_products(editor).values():
+    products = editor_products(editor)
+    for product in products.values():
         if product.node.op_type != "Conv" and product.activation.producer() is not None:
             read.setdefault(product.activation, []).append(product)
     sites = []
-    for value, products in read.items():
+    for value, readers in read.items():
         maker = value.producer()
-        alone = len(value.consumers()) == len(products) and not value.is_graph_output()
-        if maker is not None and _is_norm(maker, value):
-            kind: _Kind = "norm" if alone else "copy"
-        else:
-            kind = "scale"
-        if maker is not None and (kind == "norm" or paid):
-            sites.append(_Site(kind, maker, value, tuple(products)))
+        kind: _Kind = "scale"
+        alone = len(value.consumers()) == len(readers) and not value.is_graph_output()
+        values = values_of(value, products) if alone else None
+        if values is not None:
+            maker, kind = values.node, "value"
+        elif maker is not None and _is_norm(maker, value):
+            kind = "norm" if alone else "copy"
+        if maker is not None and (kind in _FREE or paid):
+            sites.append(_Site(kind, maker, value, tuple(readers)))
     return tuple(sites)
+
+
+def _current(site: _Site) -> _Site:
+    """With the weights and biases that its products have by now."""
+    products = (product_of(product.node) for product in site.products)
+    return dataclasses.replace(site, products=tuple(product for product in products if product is not None))
 
 
 def _is_norm(node: ir.Node, value: ir.Value) -> bool:
@@ -202,7 +214,7 @@ def _choose(
             move = _move(sample, peaks, a, shift, split)
             found.append((_error(name, sample, weights, move), a, move))
     best = min(error for error, _, _ in found)
-    worth = before if site.kind == "norm" else before * _PAID_SHARE
+    worth = before if site.kind in _FREE else before * _PAID_SHARE
     if alpha is None and best >= worth:
         return None, Smoothed(name, None, 0, before, before)
     error, a, move = min((f for f in found if f[0] <= _NEARLY * best), key=lambda f: (f[2].split.size, f[0]))
@@ -259,6 +271,9 @@ def _apply(editor: Editor, site: _Site, weights: Sequence[NDArray[np.float32]], 
             "Mul", [site.value, factor], f"{site.value.name}_smooth", before=site.products[0].node, like=site.value
         )
         smoothed = made.outputs[0]
+    elif site.kind == "value":
+        _scale_values(editor, site.maker, move)
+        smoothed = site.value
     else:
         smoothed = _smooth_norm(editor, site, move)
     for product, weight in zip(site.products, weights, strict=True):
@@ -274,7 +289,7 @@ def _apply(editor: Editor, site: _Site, weights: Sequence[NDArray[np.float32]], 
 
 def _smooth_norm(editor: Editor, site: _Site, move: _Move) -> ir.Value:
     """The normalization with other constants: in its place, or beside it where others read it too."""
-    norm = site.norm
+    norm = site.maker
     scale = array_of(norm.inputs[1])
     bias = array_of(norm.inputs[2]) if len(norm.inputs) > 2 else None
     if scale is None:
@@ -295,6 +310,21 @@ def _smooth_norm(editor: Editor, site: _Site, move: _Move) -> ir.Value:
     norm.replace_input_with(1, constants[0])
     norm.replace_input_with(2, constants[1])
     return site.value
+
+
+def _scale_values(editor: Editor, node: ir.Node, move: _Move) -> None:
+    """Let a product make values that are shifted and divided; they pass through attention so."""
+    product = product_of(node)
+    weight = None if product is None else array_of(product.weight)
+    if product is None or weight is None:
+        raise ConversionError(f"The weight of {node.name!r} is not constant", "Export the model again")
+    factors = 1.0 / move.scale
+    scaled = weight * (factors if product.axis == 1 else factors[:, None])
+    node.replace_input_with(1, editor.constant(f"{product.weight.name}_values", scaled.astype(np.float32)))
+    found = bias_behind(product)
+    bias = array_of(product.bias if found is None else found[1])
+    old = np.zeros(move.scale.shape) if bias is None else bias.astype(np.float64)
+    _add_bias(editor, product, (old - move.shift) * factors - old)
 
 
 def _multiply_apart(

@@ -19,8 +19,10 @@ from edgeq.converters.onnx.quantize.affine import (
     quantize_bias,
     quantize_weight,
 )
+from edgeq.converters.onnx.quantize.bias_correction import shift_of
 from edgeq.converters.onnx.quantize.cpu_kernels import Quantized, fuse_bias, widen_input
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, require_opset, save_model
+from edgeq.converters.onnx.quantize.narrow import quantize_narrow
 from edgeq.converters.onnx.quantize.placement import Placement, Point, place_for_cpu, place_for_tensorrt
 from edgeq.converters.onnx.quantize.sites import Product
 from edgeq.errors import ConversionError
@@ -85,6 +87,7 @@ def quantize_static(
     activations: Activations,
     keep_float: Set[str] = frozenset(),
     narrow_weights: bool = False,
+    means: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> None:
     """Write a model whose products compute on 8-bit integers.
 
@@ -98,7 +101,9 @@ def quantize_static(
         backend: that it is made for.
         activations: ``"u8"`` with any zero point (x86), ``"s8"`` with any zero point (ARM) or, for TensorRT, with 0.
         keep_float: names of nodes that stay floats.
-        narrow_weights: of 7 bits, for CPUs that add products of bytes in 16 bits (x86 without VNNI).
+        narrow_weights: of fewer steps, for CPUs that add products of bytes in 16 bits (x86 without VNNI).
+        means: of `edgeq.converters.onnx.quantize.bias_correction.channel_means`: biases take back what rounding the
+            weights shifts outputs by; None leaves them as they are.
 
     Raises:
         ConversionError: a range that is missing or not finite, an old opset, activations that the backend does not
@@ -114,7 +119,9 @@ def quantize_static(
     if not placement.products:
         raise ConversionError("The model has no node that could be quantized", "Ship it as it is")
     grids = _grids(placement, ranges, _TYPES[activations], symmetric=symmetric)
-    writer = _Writer(editor, _NARROW_STEPS if narrow_weights else _STEPS, biases=not symmetric)
+    writer = _Writer(editor, _NARROW_STEPS if narrow_weights else _STEPS, biases=not symmetric, means=means or {})
+    for product in placement.products:
+        writer.room(product, grids[product.activation])
     for product in placement.products:
         writer.weights(product, grids[product.activation])
     for point in placement.points:
@@ -153,44 +160,81 @@ def _grids(
 class _Writer:
     """Puts Q and DQ nodes into a graph."""
 
-    def __init__(self, editor: Editor, steps: int, *, biases: bool) -> None:
+    def __init__(self, editor: Editor, steps: int, *, biases: bool, means: Mapping[str, NDArray[np.float64]]) -> None:
         self.editor = editor
         self.steps = steps
         self.biases = biases
+        self.means = means
         self.quantized: dict[ir.Value, Quantized] = {}
+        self.least: dict[tuple[ir.Value, int], NDArray[np.float64]] = {}
+        self.made: dict[tuple[ir.Value, int], tuple[Quantized, NDArray[np.float32]]] = {}
+
+    def room(self, product: Product, grid: Affine) -> None:
+        """Remember how small the scales of a weight may be, for the biases of all products that share it."""
+        bias = self._integer_bias(product)
+        if bias is None:
+            return
+        key, least = (product.weight, product.axis), least_scales(bias, grid.scale)
+        self.least[key] = np.maximum(self.least.get(key, 0.0), least)
 
     def weights(self, product: Product, grid: Affine) -> None:
         """Let a product read its weight, and its bias if those are integers too, from integers."""
-        weight, bias = array_of(product.weight), array_of(product.bias)
+        key = (product.weight, product.axis)
+        if key not in self.made:
+            self.made[key] = self._quantized(product)
+        constants, scales = self.made[key]
+        self._dequantize(product, 1, constants, product.axis)
+        bias = self._corrected_bias(product, constants, scales)
+        if bias is None or product.bias is None:
+            return
+        if not self.biases:
+            product.node.replace_input_with(2, self.editor.constant(f"{product.bias.name}_corrected", bias))
+        else:
+            steps, bias_scales = quantize_bias(bias, grid.scale, scales)
+            self._dequantize(product, 2, self._constants(product.bias.name or "bias", steps, bias_scales), 0)
+
+    def _corrected_bias(
+        self, product: Product, constants: Quantized, scales: NDArray[np.float32]
+    ) -> NDArray[np.float32] | None:
+        """The bias with what rounding the weight shifts outputs by; as it is where means are not known."""
+        bias, weight, integers = array_of(product.bias), array_of(product.weight), array_of(constants[0])
+        means = self.means.get(product.activation.name or "")
+        if means is None or bias is None or weight is None or integers is None or product.node.op_type != "Conv":
+            return bias
+        rounded = integers.astype(np.float32) * scales.reshape(-1, *[1] * (weight.ndim - 1))
+        corrected: NDArray[np.float32] = (bias + shift_of(weight - rounded, means)).astype(np.float32)
+        return corrected
+
+    def _integer_bias(self, product: Product) -> NDArray[Any] | None:
+        return array_of(product.bias) if self.biases else None
+
+    def _quantized(self, product: Product) -> tuple[Quantized, NDArray[np.float32]]:
+        weight = array_of(product.weight)
         if weight is None:
             raise ConversionError(f"The weight of {product.name!r} is not constant", "Export the model again")
-        with_bias = self.biases and bias is not None
-        least = least_scales(bias, grid.scale) if with_bias and bias is not None else None
-        integers, scales = quantize_weight(weight, product.axis, steps=self.steps, least=least)
-        name = product.weight.name or product.name
-        dequantized = self._dequantized(name, integers, scales, product.axis, product.node)
-        product.node.replace_input_with(1, dequantized)
-        if with_bias and bias is not None and product.bias is not None:
-            steps, bias_scales = quantize_bias(bias, grid.scale, scales)
-            dequantized = self._dequantized(product.bias.name or "bias", steps, bias_scales, 0, product.node)
-            product.node.replace_input_with(2, dequantized)
+        least = self.least.get((product.weight, product.axis))
+        if self.steps == _NARROW_STEPS and weight.ndim == 2:
+            integers, scales = quantize_narrow(weight, product.axis, least=least)
+        else:
+            integers, scales = quantize_weight(weight, product.axis, steps=self.steps, least=least)
+        return self._constants(product.weight.name or product.name, integers, scales), scales
 
-    def _dequantized(
-        self,
-        name: str,
-        integers: NDArray[Any],
-        scales: NDArray[np.float32],
-        axis: int,
-        before: ir.Node,
-    ) -> ir.Value:
+    def _constants(self, name: str, integers: NDArray[Any], scales: NDArray[np.float32]) -> Quantized:
         editor = self.editor
-        inputs = [
+        return (
             editor.constant(f"{name}_quantized", integers),
             editor.constant(f"{name}_scale", scales),
             editor.constant(f"{name}_zero_point", np.zeros(scales.shape, integers.dtype)),
-        ]
-        made = editor.node("DequantizeLinear", inputs, f"{name}_dequantize", before=before, attributes={"axis": axis})
-        return made.outputs[0]
+        )
+
+    def _dequantize(self, product: Product, place: int, constants: Quantized, axis: int) -> None:
+        """Each product gets a node of its own: runtimes fuse those that have one reader."""
+        value = product.node.inputs[place]
+        name = (value.name if value is not None else None) or product.name
+        made = self.editor.node(
+            "DequantizeLinear", constants, f"{name}_dequantize", before=product.node, attributes={"axis": axis}
+        )
+        product.node.replace_input_with(place, made.outputs[0])
 
     def point(self, point: Point, grid: Affine) -> None:
         """Put a value on its grid for its readers."""

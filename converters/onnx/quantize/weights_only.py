@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.quantize.dynamic import matrix_products
 from edgeq.converters.onnx.quantize.embeddings import quantize_embeddings
-from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, save_model
+from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, save_model, sizes_of
 from edgeq.converters.onnx.quantize.sites import Product
 from edgeq.errors import ConversionError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Bits", "pack_blocks", "quantize_weights", "unpack_blocks"]
 
 Bits = Literal[4, 8]
+_Packed = dict[tuple["ir.Value", int], tuple["ir.Value", "ir.Value"]]  # by weight and its axis of output channels
 
 _DOMAIN = "com.microsoft"
 _COMPUTE_INT8 = 4  # accuracy_level: activations of a block are put on a grid too, which VNNI multiplies
@@ -58,33 +62,44 @@ def quantize_weights(
     if block < 16 or block & (block - 1):
         raise ConversionError(f"Blocks of {block} weights do not exist", "Choose 16, 32, 64, 128 or 256")
     editor = open_editor(model)
+    packed: _Packed = {}
     for product in matrix_products(editor, keep_float):
-        _rewrite(editor, product, bits, block, integer_compute)
+        key = (product.weight, product.axis)
+        if key not in packed:
+            packed[key] = _pack(editor, product, bits, block)
+        _rewrite(editor, product, packed[key], bits, block, integer_compute)
     if embeddings:
         quantize_embeddings(editor, keep_float)
     save_model(editor, out)
 
 
-def _rewrite(editor: Editor, product: Product, bits: Bits, block: int, integer_compute: bool) -> None:
-    node, name = product.node, product.name
+def _pack(editor: Editor, product: Product, bits: Bits, block: int) -> tuple[ir.Value, ir.Value]:
+    """The numbers of a weight and their scales, which all products with it share."""
     weight = array_of(product.weight)
     if weight is None:
-        raise ConversionError(f"The weight of {name!r} is not constant", "Export the model again")
-    by_column = weight if product.axis == 0 else weight.T
-    packed, scales = pack_blocks(by_column, bits, block)
-    base = product.weight.name or name
-    inputs = [
-        product.activation,
-        editor.constant(f"{base}_{bits}bit", packed),
-        editor.constant(f"{base}_scales", scales.reshape(-1)),
-    ]
-    columns, rows = by_column.shape
+        raise ConversionError(f"The weight of {product.name!r} is not constant", "Export the model again")
+    packed, scales = pack_blocks(weight if product.axis == 0 else weight.T, bits, block)
+    base = product.weight.name or product.name
+    return editor.constant(f"{base}_{bits}bit", packed), editor.constant(f"{base}_scales", scales.reshape(-1))
+
+
+def _rewrite(
+    editor: Editor,
+    product: Product,
+    packed: tuple[ir.Value, ir.Value],
+    bits: Bits,
+    block: int,
+    integer_compute: bool,
+) -> None:
+    node, name = product.node, product.name
+    sizes = [size or 0 for size in sizes_of(product.weight) or ()]
+    columns, rows = sizes if product.axis == 0 else sizes[::-1]
     attributes = {"K": rows, "N": columns, "bits": int(bits), "block_size": block}
     if integer_compute:
         attributes["accuracy_level"] = _COMPUTE_INT8
     made = editor.node(
         "MatMulNBits",
-        inputs,
+        [product.activation, *packed],
         f"{name}_{bits}bit",
         before=node,
         domain=_DOMAIN,

@@ -44,12 +44,18 @@ def samples(kind: str, size: int = 30_000) -> NDArray[np.float32]:
         "relu6": np.clip(4 * normal, 0, 6),
         "outliers": np.where(rng.random(size) < 3e-4, 1400.0, 1.0) * normal,
         "shifted": 5 + 0.1 * normal,
+        "far": 10 + normal,
+        "uniform": rng.uniform(2, 3, size),
+        "gates": 1 + 1 / (1 + np.exp(-normal)),
+        "spike": np.where(rng.random(size) < 0.02, rng.uniform(5, 6, size), 6.0),
+        "negative": -rng.uniform(2, 3, size),
     }
     chosen: NDArray[np.float32] = values[kind].astype(np.float32)
     return chosen
 
 
 KINDS = ("normal", "laplace", "relu", "gelu", "relu6", "outliers", "shifted")
+AWAY_FROM_ZERO = ("shifted", "far", "uniform", "gates", "spike", "negative")
 
 
 def observed(method: Method, values: Floats, **more: Any) -> Range:
@@ -153,7 +159,7 @@ def test_the_divergence_is_least_where_scipy_says(seed: int, levels: int) -> Non
     assert len({round(value, 6) for value in divergences.values()}) > 50
 
 
-@pytest.mark.parametrize("kind", ["normal", "laplace"])
+@pytest.mark.parametrize("kind", ["normal", "laplace", *AWAY_FROM_ZERO])
 def test_entropy_agrees_with_onnxruntimes_calibrator(kind: str) -> None:
     calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
     values = samples(kind, 400_000)
@@ -162,9 +168,27 @@ def test_entropy_agrees_with_onnxruntimes_calibrator(kind: str) -> None:
     collector = calibrate.HistogramCollector("entropy", True, 2049, 255, 99.99, "same")
     low, high = collector.get_entropy_threshold((counts, edges, values.min(), values.max(), limit), 255)
     found = observed("entropy", values, symmetric=True)
-    assert found.high == pytest.approx(float(high), rel=0.2)
+    # Its range ends where the numbers do, ours is symmetric.
+    assert found.high == pytest.approx(max(-float(low), float(high)), rel=0.2)
     assert found.low == -found.high
-    assert low < 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", KINDS + AWAY_FROM_ZERO[1:])
+def test_entropy_does_not_clip_what_tensors_are_made_of(kind: str, symmetric: bool) -> None:
+    values = samples(kind)
+    found = observed("entropy", values, symmetric=symmetric)
+    clipped = np.mean((values < found.low - 1e-6) | (values > found.high + 1e-6))
+    assert clipped < 0.02
+
+
+def test_what_one_bin_holds_is_not_like_all_the_rest() -> None:
+    counts = np.zeros(200, np.int64)
+    counts[120:] = 50  # the first of them alone would be distributed as itself
+    assert kept_bins(counts, 16) == 200
+    counts[120:] = 0
+    counts[150] = 9  # all there is
+    assert kept_bins(counts, 16) == 200
 
 
 def error_of(values: Floats, low: float, high: float, *, symmetric: bool) -> float:

@@ -151,12 +151,15 @@ def test_only_one_node_can_be_quantized_alone(
     assert set(caught.value.details) == keep
 
 
-def test_narrow_weights_have_seven_bits(tmp_path: Path) -> None:
+def test_products_of_narrow_weights_fit_into_sixteen_bits(tmp_path: Path) -> None:
     model = _linear(tmp_path / "m.onnx", np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32))
     out = tmp_path / "q.onnx"
     quantize_static(model, out, {"x": Range(0, 1)}, backend=_CPU, activations="u8", narrow_weights=True)
     weights = [numpy_helper.to_array(i) for i in onnx.load(out).graph.initializer if i.name == "w_quantized"]
-    assert np.abs(weights[0]).max() == 63
+    pairs = 255 * weights[0].astype(int).reshape(4, 2, -1)
+    assert np.maximum(pairs, 0).sum(axis=1).max() <= 32767
+    assert np.minimum(pairs, 0).sum(axis=1).min() >= -32768
+    assert np.abs(weights[0]).max() > 63
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
@@ -178,3 +181,26 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="opset 11"):
         quantize_static(model, out, ranges, backend=_CPU, activations="u8")
     assert not out.exists()
+
+
+def test_a_pool_with_dilations_stays_float(tmp_path: Path, run_model: Callable[..., NDArray[Any]]) -> None:
+    """Opset 19 brought them, and ONNX Runtime's integer kernel does not know them."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((4, 4, 3, 3)).astype(np.float32) * np.float32(0.2)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["a"], name="first", pads=[1, 1, 1, 1]),
+            helper.make_node("AveragePool", ["a"], ["b"], name="pool", kernel_shape=[2, 2], dilations=[2, 2]),
+            helper.make_node("Conv", ["b", "w"], ["y"], name="second"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 4, 4])],
+        [numpy_helper.from_array(kernel, "w")],
+    )
+    model, out = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), model)
+    ranges = dict.fromkeys(calibration_tensors(model, _CPU), Range(-5.0, 5.0))
+    quantize_static(model, out, ranges, backend=_CPU, activations="u8")
+    x = rng.uniform(-1, 1, (1, 4, 8, 8)).astype(np.float32)
+    np.testing.assert_allclose(run_model(out, {"x": x}), run_model(model, {"x": x}), atol=0.2)
