@@ -90,6 +90,24 @@ class Bundle:
         raise BundleError(f"{self.path} has no file with the role {role!r}", "Convert the model again")
 
     @property
+    def all_files(self) -> tuple[BundleFile, ...]:
+        """Everything that the manifest names, for other devices too."""
+        return _files_of(self.manifest)
+
+    def made_for(self, device: str) -> Bundle:
+        """The bundle as if it held the graph for that device alone, one of `TensorManifest.devices`.
+
+        Raises:
+            BundleError: it has none, or is another kind of bundle.
+        """
+        manifest = self.tensor
+        if device not in manifest.devices:
+            raise BundleError(
+                f"{self.path} was not made for {device!r}", f"Choose one of {', '.join(manifest.devices)}"
+            )
+        return dataclasses.replace(self, manifest=manifest.made_for(device))
+
+    @property
     def reports(self) -> Path:
         """Where reports go; not part of the hashed set, and perhaps not there yet."""
         return self.path / REPORTS
@@ -98,6 +116,10 @@ class Bundle:
     def manifest_sha256(self) -> str:
         """Hash of ``edgeq.json``: the identity of a bundle, since it holds the hash of every file."""
         return hash_file(self.path / MANIFEST)
+
+
+def _files_of(manifest: Manifest | TensorManifest) -> tuple[BundleFile, ...]:
+    return manifest.files if isinstance(manifest, Manifest) else manifest.all_files
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -161,7 +183,7 @@ def open_bundle(path: str | Path, *, verify: bool = False, progress: Progress | 
     folder = Path(path)
     with _readable(folder):
         manifest = _read_manifest(folder)
-        for entry in manifest.files:
+        for entry in _files_of(manifest):
             _check_entry(folder, entry)
     if verify:
         _check_hashes(folder, manifest, progress)
@@ -242,8 +264,8 @@ def _real(path: Path) -> Path:
 
 
 def _check_hashes(folder: Path, manifest: Manifest | TensorManifest, progress: Progress | None) -> None:
-    total, done = sum(entry.size_bytes for entry in manifest.files), 0
-    for entry in manifest.files:
+    total, done = sum(entry.size_bytes for entry in _files_of(manifest)), 0
+    for entry in _files_of(manifest):
 
         def advance(n_bytes: int, name: str = entry.path) -> None:
             nonlocal done
@@ -268,7 +290,7 @@ def _check_strangers(folder: Path, manifest: Manifest | TensorManifest) -> None:
 
 def _strangers(folder: Path, manifest: Manifest | TensorManifest) -> Iterator[Path]:
     """Files and links that are neither in the manifest nor reports; a folder that cannot be searched is an OSError."""
-    known = {entry.path for entry in manifest.files} | {MANIFEST}
+    known = {entry.path for entry in _files_of(manifest)} | {MANIFEST}
     for where, folders, files in os.walk(folder, onerror=_raise):
         here = Path(where)
         if here == folder and REPORTS in folders:

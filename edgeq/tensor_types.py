@@ -26,6 +26,7 @@ __all__ = [
     "TensorPrediction",
     "TensorQuality",
     "TensorSpec",
+    "TensorVariant",
 ]
 
 Scheme = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8"]
@@ -74,11 +75,13 @@ class Embedding(Record, frozen=True, kw_only=True):
         pooling: over the tokens that the attention mask keeps; ``"cls"`` is the first one's, ``"last"`` the last one's.
         normalize: to length 1.
         max_tokens: longer texts are cut.
+        lowercase: texts before they are tokenized, whatever the tokenizer itself does.
     """
 
     pooling: Literal["mean", "cls", "max", "last"]
     normalize: bool
     max_tokens: Tokens
+    lowercase: bool = False
 
 
 class TensorArtifact(Record, frozen=True, kw_only=True):
@@ -163,7 +166,9 @@ class TensorQuality(Record, frozen=True, kw_only=True):
         inputs: calls compared.
         outputs: one each.
         top1: share of inputs with the same largest class; None where there are no classes.
-        detection_map: mean average precision against what the float model detects; None for other tasks.
+        detection_map: mean average precision against what the float model detects; None for other tasks, and if it
+            detects nothing.
+        detection_iou: mean overlap (intersection over union) of the boxes that are found again; None likewise.
         metric: of the user's own function, artifact and float model; None if none was given.
         source: where the inputs come from, for people.
         sha256: of the inputs.
@@ -173,6 +178,7 @@ class TensorQuality(Record, frozen=True, kw_only=True):
     outputs: tuple[OutputQuality, ...]
     top1: Share | None = None
     detection_map: Share | None = None
+    detection_iou: Share | None = None
     metric: tuple[float, float] | None = None
     source: str
     sha256: Sha256
@@ -230,6 +236,33 @@ class TensorPlan(Record, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class TensorVariant(Record, frozen=True, kw_only=True):
+    """The same model made for another device, in a folder of its own within the bundle.
+
+    Attributes:
+        built_for: name of that profile.
+        target: what it says the device is.
+        plan: how it was made.
+        files: the hashed set of its own: ``"model"`` and its ``"data"``, ``"layers"``, engines. What comes before and
+            after the model it shares.
+        coverage: what is truly quantized; None for a float model.
+        quality: it against the float model; None if it is the float model.
+        budget: the limits that the plan was made for.
+    """
+
+    built_for: str
+    target: Target
+    plan: TensorPlan
+    files: tuple[BundleFile, ...]
+    coverage: Coverage | None = None
+    quality: TensorQuality | None = None
+    budget: Budget
+
+
+# Roles of files that belong to one device's graph, and not to the model as such.
+_OWN_ROLES = frozenset({"model", "data", "layers", "engine", "engine-info"})
+
+
 class TensorManifest(Record, frozen=True, kw_only=True):
     """``edgeq.json`` of a tensor bundle.
 
@@ -246,6 +279,7 @@ class TensorManifest(Record, frozen=True, kw_only=True):
         budget: the limits that the plan was made for.
         built_for: name of the profile.
         target: what it says the device is.
+        others: the same model for other devices.
         tools: name to version of what made it.
         created_utc: ISO 8601.
     """
@@ -262,11 +296,47 @@ class TensorManifest(Record, frozen=True, kw_only=True):
     budget: Budget
     built_for: str
     target: Target
+    others: tuple[TensorVariant, ...] = ()
     tools: dict[str, str]
     created_utc: str
 
     def __post_init__(self) -> None:
-        """Refuse two entries for one file, which msgspec reports as an error of the manifest."""
-        paths = [PurePosixPath(file.path) for file in self.files]
+        """Refuse two entries for one file or device, which msgspec reports as an error of the manifest."""
+        paths = [PurePosixPath(file.path) for file in self.all_files]
         if len(set(paths)) != len(paths):
             raise ValueError("files names a file twice")
+        if len(set(self.devices)) != len(self.devices):
+            raise ValueError("others names a device twice")
+
+    @property
+    def all_files(self) -> tuple[BundleFile, ...]:
+        """Of all devices."""
+        return (*self.files, *(file for other in self.others for file in other.files))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the profiles that the bundle has a graph for, the one that it was made for first."""
+        return (self.built_for, *(other.built_for for other in self.others))
+
+    def made_for(self, device: str) -> TensorManifest:
+        """The manifest as if the bundle held the graph for that device alone.
+
+        Raises:
+            KeyError: it has none.
+        """
+        if device == self.built_for:
+            return msgspec.structs.replace(self, others=())
+        found = next((other for other in self.others if other.built_for == device), None)
+        if found is None:
+            raise KeyError(device)
+        return msgspec.structs.replace(
+            self,
+            built_for=found.built_for,
+            target=found.target,
+            plan=found.plan,
+            files=(*found.files, *(file for file in self.files if file.role not in _OWN_ROLES)),
+            coverage=found.coverage,
+            quality=found.quality,
+            budget=found.budget,
+            others=(),
+        )

@@ -47,8 +47,9 @@ class ModelSource(Record, frozen=True, kw_only=True):
     Attributes:
         id: what the user named: a hub id, or the folder's or file's name.
         revision: the commit on the hub; None for local models.
-        path: the local folder, or the GGUF file.
-        format: ``"hf"`` for a Hugging Face folder, ``"gguf"`` or ``"onnx"`` for such a file.
+        path: the local folder, or the GGUF or ONNX file; empty for a module in memory.
+        format: ``"hf"`` for a Hugging Face folder, ``"gguf"`` or ``"onnx"`` for such a file, ``"module"`` for a module
+            of PyTorch.
         architecture: the first of ``architectures`` in config.json, or ``general.architecture`` of the GGUF.
         n_params: weights in all tensors.
         dtype: the dtype of most weights: ``"f32"``, ``"f16"`` or ``"bf16"``.
@@ -59,7 +60,7 @@ class ModelSource(Record, frozen=True, kw_only=True):
     id: str
     revision: str | None = None
     path: str
-    format: Literal["hf", "gguf", "onnx"]
+    format: Literal["hf", "gguf", "onnx", "module"]
     architecture: str
     n_params: Count
     dtype: str

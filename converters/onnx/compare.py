@@ -15,35 +15,38 @@ from edgeq.converters.onnx.detection import DetectionAgreement, detections_of
 from edgeq.converters.onnx.feeds import Feeds, InputDigest, check_feeds, input_specs
 from edgeq.converters.onnx.pieces import named_arrays
 from edgeq.converters.onnx.skeleton import read_skeleton
-from edgeq.errors import ConversionError, EdgeqError, UsageError
+from edgeq.errors import ConversionError, EdgeqError, SessionError, UsageError
 from edgeq.profiles.onnx.session import open_onnx_session
+from edgeq.queries import BOXES, LOGITS, in_order_of
 from edgeq.tensor_types import OutputQuality, TensorQuality, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Agreement", "Comparison", "Metric", "compare_outputs"]
+__all__ = ["Agreement", "CandidateError", "Comparison", "Derived", "Metric", "compare_outputs"]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Progress = Callable[[int, int, str], None]
 Metric = Callable[[int, Arrays, Arrays], float]
 """A user's own measure of one call: its index, its inputs and a model's outputs to a number; the mean is reported."""
 
-# Tasks whose answer is the largest of some logits, and the axis of the classes.
-_CLASS_AXES = {
-    "audio-classification": -1,
-    "fill-mask": -1,
-    "image-classification": -1,
-    "image-segmentation": 1,
-    "semantic-segmentation": 1,
-    "text-classification": -1,
-    "token-classification": -1,
-    "video-classification": -1,
-    "zero-shot-image-classification": -1,
-}
+Derived = Callable[[Arrays, Arrays], NDArray[np.generic]]
+"""An array that follows from the inputs and outputs of a call, and is compared as one more output."""
+
+# Tasks whose answer is the largest of some logits: of the last axis, but of pixels of the second.
+_DECIDING = frozenset(
+    {"audio-classification", "fill-mask", "image-classification", "image-segmentation", "semantic-segmentation"}
+    | {"text-classification", "token-classification", "video-classification", "zero-shot-image-classification"}
+)
+_OF_PIXELS = frozenset({"image-segmentation", "semantic-segmentation"})
+_PIXEL_RANK = 4  # (batch, classes, height, width); where queries have a mask each: (batch, queries, classes)
 _DETECTION = "object-detection"
-_LOGITS, _BOXES, _MASK = "logits", "pred_boxes", "attention_mask"
+_MASK = "attention_mask"
 _FAINTEST = 1e-300  # keeps the ratio of an error to a signal of zeros a number
+
+
+class CandidateError(ConversionError):
+    """A candidate cannot be loaded or run, or gives what cannot be compared, where the float model does its part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,12 @@ class Comparison:
 
     Attributes:
         inputs: calls compared.
-        outputs: one each, in the order of the model.
+        outputs: one each, in the order of the model, and then those that were derived.
         top1: share of decisions that are the same: of images or texts, of tokens, or of pixels; None where the task
             has no classes.
         detection_map: mean average precision against what the float model detects; None for other tasks, and if it
             detects nothing.
+        detection_iou: mean overlap with the float model's boxes, of those that find one; None likewise.
         metric: mean of the user's own measure, of the candidate and of the float model; None if none was given.
         sha256: of the inputs.
     """
@@ -65,6 +69,7 @@ class Comparison:
     outputs: tuple[OutputQuality, ...]
     top1: float | None
     detection_map: float | None
+    detection_iou: float | None
     metric: tuple[float, float] | None
     sha256: str
 
@@ -79,6 +84,7 @@ class Comparison:
             outputs=self.outputs,
             top1=self.top1,
             detection_map=self.detection_map,
+            detection_iou=self.detection_iou,
             metric=self.metric,
             source=source,
             sha256=self.sha256,
@@ -132,12 +138,12 @@ class Agreement:
             index: of the input.
 
         Raises:
-            ConversionError: for what `update` refuses.
+            CandidateError: for what `update` refuses.
         """
         try:
             self.update(reference, candidate)
         except ValueError as error:
-            raise ConversionError(
+            raise CandidateError(
                 f"{what} of the quantized model {error} on input {index}",
                 "Keep the node that makes it in floats, or convert the model again",
             ) from error
@@ -166,11 +172,14 @@ def compare_outputs(  # noqa: PLR0913 - what to judge by is optional
     task: str | None = None,
     classes: int | None = None,
     metric: Metric | None = None,
+    derived: Mapping[str, Derived] | None = None,
     threads: int = 1,
     open_session: Callable[[Path, int], onnxruntime.InferenceSession] = open_onnx_session,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run both models on the same inputs and compare what comes out.
+
+    Queries of detectors are a set: they are compared with the nearest ones, not with those in the same row.
 
     Args:
         reference: the float model.
@@ -179,30 +188,36 @@ def compare_outputs(  # noqa: PLR0913 - what to judge by is optional
         task: as transformers' pipelines call it; says whether outputs are classes or detections.
         classes: that the model knows; needed for detections.
         metric: a measure of the user's own; see `Metric`.
+        derived: further arrays to compare, by the name that they are reported with; see `Derived`.
         threads: of each call.
         open_session: opens both models.
         progress: told calls done, calls in all (0 if ``inputs`` does not say), and what is going on.
 
     Raises:
         UsageError: no inputs, or a detector whose number of classes is not given.
-        ConversionError: inputs that do not fit, outputs that do not match or are not finite, or a metric that fails.
+        ConversionError: inputs that do not fit, or a metric that fails.
+        CandidateError: ONNX Runtime cannot load or run the candidate, or its outputs do not match or are not finite.
         SourceError: no sound ONNX file.
-        SessionError: ONNX Runtime cannot load a model.
+        SessionError: ONNX Runtime cannot load the float model.
         MissingPackageError: the package onnx or onnxruntime is not installed.
     """
     if task == _DETECTION and classes is None:
         raise UsageError("Detections cannot be compared without the number of classes", "Say how many there are")
     specs = input_specs(read_skeleton(reference).model)
     read_skeleton(candidate)  # refuses data outside of its folder
-    models = [_Model(path, open_session(path, threads)) for path in (reference, candidate)]
-    judges = _Judges(task, classes, metric)
+    floats = _Model(reference, open_session(reference, threads))
+    try:
+        quantized = _Model(candidate, open_session(candidate, threads), CandidateError)
+    except SessionError as error:
+        raise CandidateError(error.cause, error.remedy) from error
+    judges = _Judges(task, classes, metric, derived or {})
     total = len(inputs) if isinstance(inputs, Sized) else 0
     digest = InputDigest()
     index = -1
     for index, feeds in enumerate(inputs):
         check_feeds(feeds, specs, index)
         digest.update(feeds)
-        expected, found = (model.run(feeds, specs, index) for model in models)
+        expected, found = (model.run(feeds, specs, index) for model in (floats, quantized))
         judges.update(index, feeds, expected, found)
         if progress is not None:
             progress(index + 1, total, "Comparing with the float model")
@@ -212,17 +227,19 @@ def compare_outputs(  # noqa: PLR0913 - what to judge by is optional
 
 
 class _Model:
-    """A session, and its file for messages."""
+    """A session, its file for messages, and the kind of its failures."""
 
-    def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, session: onnxruntime.InferenceSession, failure: type[ConversionError] = ConversionError
+    ) -> None:
+        self._path, self._failure = path, failure
         self._session = session
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
 
     def run(self, feeds: Feeds, specs: Sequence[TensorSpec], index: int) -> Arrays:
         if self._inputs != set(feeds):
-            raise ConversionError(
+            raise self._failure(
                 f"{self._path.name} has the inputs {sorted(self._inputs)}, "
                 f"the float model {sorted(spec.name for spec in specs)}",
                 "Compare models that were made from one another",
@@ -230,7 +247,7 @@ class _Model:
         try:
             made = self._session.run(self._outputs, dict(feeds))
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-            raise ConversionError(
+            raise self._failure(
                 f"ONNX Runtime cannot run {self._path.name} on input {index}: {' '.join(str(error).split())}",
                 "Give inputs of the sizes that the model takes",
             ) from error
@@ -240,8 +257,11 @@ class _Model:
 class _Judges:
     """All that is summed up over the calls."""
 
-    def __init__(self, task: str | None, classes: int | None, metric: Metric | None) -> None:
-        self._class_axis = _CLASS_AXES.get(task or "")
+    def __init__(
+        self, task: str | None, classes: int | None, metric: Metric | None, derived: Mapping[str, Derived]
+    ) -> None:
+        self._decides, self._of_pixels = task in _DECIDING, task in _OF_PIXELS
+        self._derived = derived
         self._classes = classes if task == _DETECTION else None
         self._metric = metric
         self._outputs: dict[str, Agreement] = {}
@@ -253,14 +273,18 @@ class _Judges:
     def update(self, index: int, feeds: Feeds, expected: Arrays, found: Arrays) -> None:
         missing = [name for name in expected if name not in found]
         if missing:
-            raise ConversionError(
+            raise CandidateError(
                 f"The model has not the float model's output {missing[0]!r}",
                 "Compare models that were made from one another",
             )
+        found = in_order_of(expected, found)
         for name, array in expected.items():
             self._outputs.setdefault(name, Agreement()).judge(array, found[name], f"The output {name!r}", index)
-        if self._class_axis is not None:
-            self._decide(feeds, expected, found, self._class_axis)
+        for name, derive in self._derived.items():
+            wanted, made = derive(feeds, expected), derive(feeds, found)
+            self._outputs.setdefault(name, Agreement()).judge(wanted, made, f"The {name}", index)
+        if self._decides:
+            self._decide(feeds, expected, found)
         if self._classes is not None:
             self._detect(expected, found, self._classes)
         if self._metric is not None:
@@ -283,12 +307,14 @@ class _Judges:
             ),
             top1=self._same / self._decisions if self._decisions else None,
             detection_map=self._detections.mean_average_precision(),
+            detection_iou=self._detections.mean_overlap(),
             metric=None if self._metric is None else (self._sums[0] / self._calls, self._sums[1] / self._calls),
             sha256=sha256,
         )
 
-    def _decide(self, feeds: Feeds, expected: Arrays, found: Arrays, axis: int) -> None:
-        name = _LOGITS if _LOGITS in expected else next(iter(expected))
+    def _decide(self, feeds: Feeds, expected: Arrays, found: Arrays) -> None:
+        name = LOGITS if LOGITS in expected else next(iter(expected))
+        axis = 1 if self._of_pixels and expected[name].ndim == _PIXEL_RANK else -1
         same = expected[name].argmax(axis=axis) == found[name].argmax(axis=axis)
         mask = feeds.get(_MASK)
         if mask is not None and mask.shape == same.shape:  # a decision a token, and padding is none
@@ -297,13 +323,13 @@ class _Judges:
         self._decisions += same.size
 
     def _detect(self, expected: Arrays, found: Arrays, n_classes: int) -> None:
-        if not {_LOGITS, _BOXES} <= expected.keys():
+        if not {LOGITS, BOXES} <= expected.keys():
             raise ConversionError(
                 f"A detector with the outputs {', '.join(expected)} is not known",
-                f"Name them {_LOGITS} and {_BOXES}, or give a metric of your own and another task",
+                f"Name them {LOGITS} and {BOXES}, or give a metric of your own and another task",
             )
-        for n in range(len(expected[_LOGITS])):
-            pair = [detections_of(some[_LOGITS][n], some[_BOXES][n], n_classes) for some in (expected, found)]
+        for n in range(len(expected[LOGITS])):
+            pair = [detections_of(some[LOGITS][n], some[BOXES][n], n_classes) for some in (expected, found)]
             self._detections.update(*pair)
 
 

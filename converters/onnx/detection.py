@@ -76,6 +76,7 @@ class DetectionAgreement:
         self._truths: dict[int, int] = defaultdict(int)
         self._scores: dict[int, list[Floats]] = defaultdict(list)
         self._hits: dict[int, list[NDArray[np.bool_]]] = defaultdict(list)
+        self._overlap, self._found = 0.0, 0
 
     def update(self, reference: Detections, candidate: Detections) -> None:
         """Take in an image; of the reference, detections with a score of at least a half are the truth."""
@@ -85,7 +86,10 @@ class DetectionAgreement:
             own, found = truths[kinds == kind], candidate.classes == kind
             self._truths[int(kind)] += len(own)
             self._scores[int(kind)].append(candidate.scores[found])
-            self._hits[int(kind)].append(_hits(own, candidate.boxes[found]))
+            hits, shared = _hits(own, candidate.boxes[found])
+            self._hits[int(kind)].append(hits)
+            self._overlap += float(shared.sum())
+            self._found += int(hits[0].sum())
 
     def mean_average_precision(self) -> float | None:
         """Mean over classes that the reference found and over overlaps; None if it found nothing."""
@@ -96,12 +100,25 @@ class DetectionAgreement:
         ]
         return float(np.mean(found)) if found else None
 
+    def mean_overlap(self) -> float | None:
+        """Mean of intersection over union, over the boxes that find a truth at an overlap of a half; None if none does.
 
-def _hits(truths: Floats, boxes: Floats) -> NDArray[np.bool_]:
-    """Which boxes find a truth of their own, the surest choosing first; (overlaps, boxes)."""
+        How many find none is part of the average precision.
+        """
+        return self._overlap / self._found if self._found else None
+
+
+def _hits(truths: Floats, boxes: Floats) -> tuple[NDArray[np.bool_], Floats]:
+    """Which boxes find a truth of their own, the surest choosing first.
+
+    Returns:
+        Whether they do for each least overlap, (overlaps, boxes); and the overlaps themselves with the truths that are
+        found at the first one, (boxes,), 0 for boxes that find none.
+    """
     hits = np.zeros((len(_OVERLAPS), len(boxes)), np.bool_)
+    shared = np.zeros(len(boxes))
     if not len(truths) or not len(boxes):
-        return hits
+        return hits, shared
     ratios = overlaps(boxes, truths)
     for row, least in enumerate(_OVERLAPS):
         free = np.ones(len(truths), np.bool_)
@@ -109,7 +126,8 @@ def _hits(truths: Floats, boxes: Floats) -> NDArray[np.bool_]:
             best = int(np.argmax(np.where(free, near, -1.0)))
             if free[best] and near[best] >= least:
                 hits[row, box], free[best] = True, False
-    return hits
+                shared[box] = near[best] if row == 0 else shared[box]
+    return hits, shared
 
 
 def _average_precision(scores: Floats, hits: NDArray[np.bool_], truths: int) -> float:

@@ -9,17 +9,20 @@ of a mix is about their sum.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.calibration.ranges import Range
+from edgeq.converters.onnx.pieces import named_arrays
 from edgeq.converters.onnx.quantize.sites import product_of
 from edgeq.errors import SessionError, require_package
 from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options
+from edgeq.queries import in_order_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -157,8 +160,8 @@ def node_errors(
         progress: told nodes tried, nodes in all over all inputs, and the node.
 
     Returns:
-        Node to its squared error over the squared output, summed over a call's outputs in floats, mean over the calls.
-        A cosine is about one less half of it.
+        Node to its squared error over the squared output, summed over a call's outputs in floats, mean over the calls;
+        infinite where an output is no number any more, or has another shape. A cosine is about one less half of it.
 
     Raises:
         SessionError: the copy cannot be loaded.
@@ -172,12 +175,13 @@ def node_errors(
     off = {name: np.array(False) for name in names.values()}
     totals = dict.fromkeys(names, 0.0)
     for index, call in enumerate(calls):
-        reference = session.run(outputs, {**call, **off})
+        reference = named_arrays(outputs, session.run(outputs, {**call, **off}))
         for done, (node, name) in enumerate(names.items()):
             if progress is not None:
                 progress(index * len(names) + done, len(calls) * len(names), node)
-            found = session.run(outputs, {**call, **off, name: np.array(True)})
-            totals[node] += sum(_relative(a, b) for a, b in zip(found, reference, strict=True)) / len(calls)
+            made = session.run(outputs, {**call, **off, name: np.array(True)})
+            found = in_order_of(reference, named_arrays(outputs, made))
+            totals[node] += sum(_relative(found[key], array) for key, array in reference.items()) / len(calls)
     return totals
 
 
@@ -194,8 +198,12 @@ def _open(model: Path, threads: int) -> onnxruntime.InferenceSession:
     return session
 
 
-def _relative(found: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+def _relative(found: NDArray[Any], reference: NDArray[Any]) -> float:
+    if found.shape != reference.shape:  # it follows from values, such as how many are not zero
+        return math.inf
     exact = reference.astype(np.float64)
     energy = float((exact**2).sum())
     noise = float(((found.astype(np.float64) - exact) ** 2).sum())
+    if not math.isfinite(noise) or not math.isfinite(energy):
+        return 0.0 if np.array_equal(found, reference, equal_nan=True) else math.inf
     return noise / energy if energy > 0 else float(noise > 0)

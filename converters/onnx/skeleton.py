@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from edgeq.profiles.onnx.wire import WireError, message_field, read_fields
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Skeleton", "Weight", "element_bits", "read_skeleton"]
+__all__ = ["Skeleton", "Weight", "element_bits", "read_skeleton", "walk_nodes"]
 
 _LONGEST_NUMBER = 20  # digits of an offset or a length
 _SMALL_BYTES = 4096  # tensors up to here stay: shapes, axes, scalars
@@ -116,12 +116,73 @@ def read_skeleton(path: Path) -> Skeleton:
         ) from error
     if not model.ir_version or not model.graph.node:
         raise SourceError(f"{path.name} holds no ONNX graph", "Give a model in the ONNX format")
-    places = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.data_location}
+    external = _external_bytes(path, [tensor for tensor in _tensors(model) if tensor.data_location])
     weights = [
-        Weight(t.name, t.data_type, tuple(t.dims), places[t.name].get("location", "") if t.name in places else None)
+        Weight(t.name, t.data_type, tuple(t.dims), _place(t).get("location", "") if t.data_location else None)
         for t in model.graph.initializer
     ]
-    return Skeleton(model, weights, size + _external_bytes(path, weights, places))
+    return Skeleton(model, weights, size + external)
+
+
+def walk_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those in their bodies, however deep."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in _bodies(attribute):
+                yield from walk_nodes(graph.node)
+
+
+def _bodies(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
+    if attribute.HasField("g"):
+        yield attribute.g
+    yield from attribute.graphs
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a file, wherever it stands."""
+    graphs = [model.graph]
+    for training in model.training_info:
+        graphs += (training.initialization, training.algorithm)
+    for graph in graphs:
+        yield from _tensors_of_graph(graph)
+    for function in model.functions:
+        yield from _tensors_of_attributes(function.attribute_proto)
+        yield from _tensors_of_nodes(function.node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from _parts(graph.sparse_initializer)
+    yield from _tensors_of_nodes(graph.node)
+
+
+def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        yield from _tensors_of_attributes(node.attribute)
+
+
+def _tensors_of_attributes(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("sparse_tensor"):
+            yield from _parts([attribute.sparse_tensor])
+        yield from _parts(attribute.sparse_tensors)
+        for graph in _bodies(attribute):
+            yield from _tensors_of_graph(graph)
+
+
+def _parts(sparse: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
+
+
+def _place(tensor: onnx.TensorProto) -> dict[str, str]:
+    """Where its data is: ``location``, ``offset`` and ``length``, as they are written."""
+    # protobuf hands out bytes for strings that are not UTF-8: they name no place.
+    return {entry.key: entry.value if isinstance(entry.value, str) else "" for entry in tensor.external_data}
 
 
 def _decode_error() -> type[Exception]:
@@ -130,14 +191,13 @@ def _decode_error() -> type[Exception]:
     return error
 
 
-def _external_bytes(path: Path, weights: Sequence[Weight], places: Mapping[str, Mapping[str, str]]) -> int:
+def _external_bytes(path: Path, tensors: Sequence[onnx.TensorProto]) -> int:
     """Size of all files that hold external data; every tensor is checked to lie inside its file."""
     sizes: dict[str, int] = {}
-    for weight in weights:
-        place = places.get(weight.name)
-        if place is None:
-            continue
+    for tensor in tensors:
+        place = _place(tensor)
         location = place.get("location", "")
+        weight = Weight(tensor.name, tensor.data_type, tuple(tensor.dims), location)
         file = path.parent / location
         if not location or not _lies_inside(file, path.parent):
             raise SourceError(

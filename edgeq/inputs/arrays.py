@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from edgeq.errors import UsageError
 from edgeq.tensor_types import AxisRange, TensorSpec
 
-__all__ = ["Array", "check_arrays", "describe_specs"]
+__all__ = ["Array", "check_arrays", "describe_specs", "refuse_constant"]
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +57,35 @@ def check_arrays(
         _check_axes(array, spec, axes or {}, sizes, prefix)
         if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UsageError(f"{prefix}the input {name!r} holds NaN or infinity", "Remove such inputs, or repair them")
+
+
+def refuse_constant(calls: Iterable[Mapping[str, Any]], specs: Sequence[TensorSpec]) -> None:
+    """Refuse inputs to calibrate with that hold one and the same number throughout: no range can be taken from them.
+
+    One input of several may well be constant, such as a mask; and numbers of tokens have no range.
+
+    Args:
+        calls: that fit the model.
+        specs: what the model wants.
+
+    Raises:
+        UsageError: all of the model's inputs are floats, and none of them ever changes.
+    """
+    if not specs or any(np.dtype(spec.dtype).kind != "f" for spec in specs):
+        return
+    values: dict[str, float] = {}
+    for call in calls:
+        for spec in specs:
+            array = call[spec.name]
+            value = values.setdefault(spec.name, float(array.flat[0])) if array.size else 0.0
+            if array.size and (array != value).any():
+                return
+    if values:
+        name, value = next(iter(values.items()))
+        raise UsageError(
+            f"the input {name!r} is {value:g} throughout all inputs to calibrate with: no range can be taken from them",
+            "Give inputs from the robot's own work with --calibration",
+        )
 
 
 def _check_type(array: object, spec: TensorSpec, prefix: str) -> None:

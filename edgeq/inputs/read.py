@@ -66,7 +66,9 @@ def read_inputs(
         if folder is None:
             raise UsageError(f"{path} needs the model's own settings to be prepared", "Give .npz files instead")
         if kind == ".txt":
-            calls = _from_texts(files[0], artifact, text_encoder(folder), count, axes or {})
+            lowercase = artifact.embedding is not None and artifact.embedding.lowercase
+            encoder = text_encoder(folder, lowercase=lowercase)
+            calls = _from_texts(files[0], artifact, encoder, count, axes or {})
         else:
             calls = _from_images(files, artifact, image_processor(folder), count)
     return _checked(calls, artifact.inputs, axes or {})
@@ -244,13 +246,25 @@ def _row_groups(file: Path, arrays: Mapping[str, Array], specs: Sequence[TensorS
     """Rows of each call; one empty list for arrays that have no rows of their own and are taken whole."""
     firsts = {spec.shape[0] if spec.shape else None for spec in specs}
     sizes = {len(array) if array.ndim else None for array in arrays.values()}
-    if len(firsts) != 1 or len(sizes) != 1:
-        return [[]]
+    if len(firsts) != 1 or len(sizes) != 1 or not all(_has_rows(arrays.get(spec.name), spec) for spec in specs):
+        return [[]]  # if they do not fit, they are refused as they lie in the file
     first, size = firsts.pop(), sizes.pop()
     if first is None or size is None or first == size:
         return [[]]
     rows = first if isinstance(first, int) else 1
     return _chosen(size, rows, count, str(file))
+
+
+def _has_rows(array: Array | None, spec: TensorSpec) -> bool:
+    """Whether an array fits but for its first axis."""
+    return (
+        array is not None
+        and array.ndim == len(spec.shape)
+        and all(
+            isinstance(wanted, str) or size == wanted
+            for size, wanted in zip(array.shape[1:], spec.shape[1:], strict=True)
+        )
+    )
 
 
 def _load(file: Path) -> Call:
@@ -261,8 +275,12 @@ def _load(file: Path) -> Call:
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UsageError(f"{file} holds one array without a name", remedy)
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}", "Check its permissions") from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile, MemoryError) as error:
         raise UsageError(f"{file} cannot be read as arrays: {error}", remedy) from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of members that are no .npy
+            raise UsageError(f"{file} holds {name!r}, which is no array", remedy)
+    return arrays

@@ -42,11 +42,12 @@ class _Settings(msgspec.Struct):
     model_max_length: float | None = None
 
 
-def text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
+def text_encoder(folder: str | os.PathLike[str], *, lowercase: bool = False) -> TextEncoder:
     """The tokenizer of a Hugging Face folder or of a bundle.
 
     Args:
         folder: with ``tokenizer.json``, and ``tokenizer_config.json`` if the model has one.
+        lowercase: texts before all that the tokenizer does to them; names of special tokens in them stay.
 
     Raises:
         SourceError: no such file, or one that makes no sense.
@@ -65,6 +66,10 @@ def text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
         tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(_read(path).decode("utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise SourceError(f"{path} cannot be read as a tokenizer: {error}", "Download the model again") from error
+    if lowercase:
+        first = tokenizers.normalizers.Lowercase()
+        then = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = tokenizers.normalizers.Sequence([first, *then])
     stated = tokenizer.padding or {}
     pad = main.pad_token or special.pad_token or stated.get("pad_token")
     return TextEncoder(tokenizer, main, pad.content if isinstance(pad, _Token) else pad)

@@ -7,6 +7,7 @@ import pytest
 
 from edgeq.errors import UsageError
 from edgeq.inputs import check_arrays
+from edgeq.inputs.arrays import refuse_constant
 from edgeq.tensor_types import AxisRange, TensorSpec
 
 SPECS = (
@@ -52,3 +53,24 @@ def test_each_fault_in_one_line(change: dict[str, Any], message: str) -> None:
 def test_a_missing_input() -> None:
     with pytest.raises(UsageError, match="'mask' is missing"):
         check_arrays({"x": good()["x"]}, SPECS)
+
+
+FLOATS = (TensorSpec(name="x", dtype="float32", shape=("n", 3)), TensorSpec(name="gain", dtype="float32", shape=(1,)))
+
+
+def _call(value: float, gain: float = 1.0) -> dict[str, Any]:
+    return {"x": np.full((2, 3), value, np.float32), "gain": np.full(1, gain, np.float32)}
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.5])
+def test_inputs_that_never_change_are_refused(value: float) -> None:
+    with pytest.raises(UsageError, match=rf"'x' is {value:g} throughout all inputs .*--calibration"):
+        refuse_constant([_call(value)] * 3, FLOATS)
+
+
+def test_what_changes_once_has_a_range() -> None:
+    refuse_constant([_call(0.5), _call(0.5), _call(0.25)], FLOATS)
+    refuse_constant([_call(0.5), _call(0.5, gain=2)], FLOATS)
+    refuse_constant([{"x": np.eye(3, dtype=np.float32), "gain": np.ones(1, np.float32)}], FLOATS)
+    refuse_constant([{"ids": np.ones((1, 4), np.int64)}], (TensorSpec(name="ids", dtype="int64", shape=(1, 4)),))
+    refuse_constant([], FLOATS)

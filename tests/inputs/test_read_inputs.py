@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,34 @@ def test_texts_that_cannot_be_read(minilm: Path, tmp_path: Path) -> None:
             read_inputs(tmp_path / name, model, minilm, 1)
     with pytest.raises(UsageError, match="holds texts only"):
         read_inputs(tmp_path, TEXT, minilm, 1)
+
+
+def test_an_archive_with_more_than_arrays_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "saved.npz"
+    np.savez(path, x=np.zeros((2, 6), np.float32))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "taken on Monday")
+    with pytest.raises(UsageError, match=r"saved\.npz holds 'notes\.txt', which is no array"):
+        list(read_inputs(path, artifact(("x", "float32", ("batch", 6))), None, 5))
+
+
+@pytest.mark.parametrize(
+    ("array", "shape"), [(np.zeros((3, 8, 8)), r"\(3, 8, 8\)"), (np.zeros((5, 8, 8, 3)), r"\(5, 8, 8, 3\)")]
+)
+def test_arrays_that_do_not_fit_are_refused_as_they_are(
+    tmp_path: Path, array: npt.NDArray[np.float64], shape: str
+) -> None:
+    np.savez(tmp_path / "saved.npz", pixel_values=array.astype(np.float32))
+    with pytest.raises(UsageError, match=f"has the shape {shape}, and the model takes"):
+        list(read_inputs(tmp_path, pixels("batch", 3, 8, 8), None, 5))
+
+
+def test_texts_are_lowercased_where_the_model_wants_it(minilm: Path, tmp_path: Path) -> None:
+    cased = json.loads((minilm / "tokenizer.json").read_text())
+    cased["normalizer"]["lowercase"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(cased))
+    (tmp_path / "texts.txt").write_text("The ROBOT\n")
+    embedding = Embedding(pooling="mean", normalize=True, max_tokens=16, lowercase=True)
+    model = artifact(("input_ids", "int64", ("batch", "sequence")), embedding=embedding)
+    (call,) = read_inputs(tmp_path / "texts.txt", model, tmp_path, 1)
+    np.testing.assert_array_equal(call["input_ids"], text_encoder(minilm)(["the robot"])["input_ids"])

@@ -134,6 +134,9 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> tuple[Embedding |
     pooling_folder = _module(modules, "Pooling")
     if pooling_folder is None:
         return None, ("modules.json names no pooling, so embed() is not offered",)
+    kinds = [kind for kind, _ in modules]
+    if "Normalize" in kinds[: kinds.index("Pooling")]:
+        return None, ("modules.json normalizes before it pools, which embed() does not compute",)
     settings = read_json(folder / pooling_folder / "config.json")
     pooling = _pooling(settings)
     if pooling is None:
@@ -142,8 +145,13 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> tuple[Embedding |
     prompt = _default_prompt(folder)
     if prompt:
         notes.append(f"Embeddings were trained with the prompt {prompt!r} before each text; embed() does not add it")
-    normalize = any(kind == "Normalize" for kind, _ in modules)
-    return Embedding(pooling=pooling, normalize=normalize, max_tokens=_max_tokens(folder, config)), tuple(notes)
+    embedding = Embedding(
+        pooling=pooling,
+        normalize="Normalize" in kinds,
+        max_tokens=_max_tokens(folder, config),
+        lowercase=_sentence_config(folder).get("do_lower_case") is True,
+    )
+    return embedding, tuple(notes)
 
 
 def _read_modules(folder: Path) -> list[tuple[str, str]]:
@@ -200,13 +208,17 @@ def _default_prompt(folder: Path) -> str | None:
     return prompt if isinstance(prompt, str) and prompt else None
 
 
+def _sentence_config(folder: Path) -> dict[str, Any]:
+    """The first file that there is, as sentence-transformers takes it; empty if there is none."""
+    name = next((name for name in _SENTENCE_CONFIGS if (folder / name).is_file()), None)
+    return {} if name is None else read_json(folder / name)
+
+
 def _max_tokens(folder: Path, config: Mapping[str, Any]) -> int:
     """What sentence-transformers cuts at: its own setting, or the smaller of tokenizer's and model's limits."""
-    for name in _SENTENCE_CONFIGS:
-        if (folder / name).is_file():
-            limit = read_json(folder / name).get("max_seq_length")
-            if isinstance(limit, int) and limit > 0:
-                return limit
+    limit = _sentence_config(folder).get("max_seq_length")
+    if isinstance(limit, int) and limit > 0:
+        return limit
     limits = []
     if (folder / "tokenizer_config.json").is_file():
         limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))

@@ -92,7 +92,7 @@ def export_model(
         out: the ``.onnx`` file to write; it must not exist. Weights beyond 64 MiB go to ``<name>.data`` beside it.
         task: as transformers' pipelines call it; None takes what the model was made for.
         shapes: of inputs, such as ``{"pixel_values": (1, 3, 224, 224)}``: then every axis is fixed.
-        opset: of the graph; TensorRT 10.3 takes up to 20.
+        opset: of the graph; `edgeq.profiles.onnx.opsets` knows what targets take.
         inputs: real calls to check with, beside random ones.
         progress: called with steps done, steps in all and the step's name.
 
@@ -227,6 +227,8 @@ def _attempts(job: _Job, plan: InputPlan, real: Iterable[Arrays]) -> tuple[tuple
             return _attempt(job, attempt, given), _fixed_note(plan, fixed, first)
         except (ConversionError, UnsupportedModelError) as error:
             first = first or error
+            if error.__cause__ is None and isinstance(error, UnsupportedModelError):
+                raise  # the model itself is to blame, and not how torch traces it
             if error.__cause__ is not None and is_unsupported_operator(error.__cause__):
                 raise
     assert first is not None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from edgeq.converters.onnx.export.fold import fold_constants
+from edgeq.errors import ConversionError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["IR_VERSIONS", "tidy"]
+__all__ = ["IR_VERSIONS", "names_kept", "tidy"]
 
 # IR version that came with an opset (https://onnx.ai/onnx/repo-docs/Versioning.html). TensorRT 10.3 reads up to 10.
 IR_VERSIONS: Mapping[int, int] = {**dict.fromkeys(range(7, 19), 8), 19: 9, 20: 9}
@@ -43,6 +45,39 @@ def tidy(model: ir.Model, *, rename: bool = True) -> None:
     _name_axes(model)
     _strip(model)
     model.ir_version = IR_VERSIONS.get(model.graph.opset_imports.get("", 0), _NEWEST_IR)
+
+
+@contextlib.contextmanager
+def names_kept(model: ir.Model) -> Iterator[None]:
+    """Keep the names of inputs and outputs while an optimizer works on a model.
+
+    onnxscript's gives an input that is an output too another name, so that an Identity can stand between them; ONNX
+    Runtime needs none.
+
+    Raises:
+        ConversionError: it changed other names.
+    """
+    graph = model.graph
+    before = _interface(model)
+    passed = [(index, value) for index, value in enumerate(graph.outputs) if value.is_graph_input()]
+    names = [value.name for _, value in passed]
+    yield
+    for (index, value), name in zip(passed, names, strict=True):
+        made = graph.outputs[index]
+        if made is not value:
+            graph.outputs[index] = value
+            made.name = f"{name}_passed"  # by an Identity that nobody reads any more
+        value.name = name
+    after = _interface(model)
+    if after != before:
+        name, other = next(pair for pair in zip(before, after, strict=True) if pair[0] != pair[1])
+        raise ConversionError(
+            f"Cleaning the graph made {other!r} of its input or output {name!r}", "Rename it in the file"
+        )
+
+
+def _interface(model: ir.Model) -> list[str | None]:
+    return [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
 
 
 def _pool_globally(model: ir.Model) -> None:

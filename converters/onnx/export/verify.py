@@ -7,6 +7,8 @@ Outputs that are no floats must be equal.
 Detectors that pick the best of many candidates (RT-DETR) give them in an order that the last bit of two equal scores
 decides. What a detector finds is a set, so its outputs may be in any order, the same for all of them; and since equal
 scores may also decide who is picked at all, only the half of the calls that agrees best counts.
+
+What fails is asked once more of the reference alone: a model that draws random numbers differs from itself.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import ConversionError, SessionError, SourceError
+from edgeq.errors import ConversionError, SessionError, SourceError, UnsupportedModelError
 from edgeq.profiles.onnx.session import import_onnxruntime, open_onnx_session
 
 __all__ = ["ABSOLUTE", "RELATIVE", "Call", "OutputCheck", "check_outputs", "session_caller"]
@@ -111,6 +113,7 @@ def check_outputs(
 
     Raises:
         SourceError: the reference itself gives NaN or infinity.
+        UnsupportedModelError: the reference gives something else each time.
         ConversionError: an output that is missing, of another shape or type, or further away than allowed.
     """
     compared: list[dict[str, tuple[float, float]]] = []
@@ -118,7 +121,14 @@ def check_outputs(
         expected, found = reference(inputs), candidate(inputs)
         if as_sets:
             found = _in_order_of(expected, found)
-        compared.append({name: _difference(name, array, found) for name, array in expected.items()})
+        try:
+            differences = {name: _difference(name, array, found) for name, array in expected.items()}
+        except ConversionError:
+            _refuse_random(reference, inputs, expected)
+            raise
+        if any(error > _tolerance(scale) for error, scale in differences.values()):
+            _refuse_random(reference, inputs, expected)
+        compared.append(differences)
     counted = _best_half(compared) if as_sets else compared
     checks = tuple(_worst(name, counted) for name in (counted[0] if counted else ()))
     for check in checks:
@@ -131,17 +141,37 @@ def check_outputs(
     return checks
 
 
+def _refuse_random(reference: Call, inputs: Arrays, before: Arrays) -> None:
+    """Refuse a reference that answers the same inputs in another way than before."""
+    again = reference(inputs)
+    for name, array in before.items():
+        try:
+            error, scale = _difference(name, array, again)
+        except ConversionError:  # not even of the same shape
+            error, scale = float("inf"), 0.0
+        if error > _tolerance(scale):
+            raise UnsupportedModelError(
+                f"The model is random: two calls with the same inputs differ at {name!r}, and so nothing can be "
+                "compared with it",
+                "Export it without random numbers and active dropout, or let it take them as an input",
+            )
+
+
+def _tolerance(scale: float) -> float:
+    return ABSOLUTE + RELATIVE * scale
+
+
 def _worst(name: str, compared: Sequence[Mapping[str, tuple[float, float]]]) -> OutputCheck:
     error = max(call[name][0] for call in compared)
     scale = max(call[name][1] for call in compared)
-    return OutputCheck(name, len(compared), error, scale, ABSOLUTE + RELATIVE * scale)
+    return OutputCheck(name, len(compared), error, scale, _tolerance(scale))
 
 
 def _best_half(compared: list[dict[str, tuple[float, float]]]) -> list[dict[str, tuple[float, float]]]:
     """The calls that agree best: a wrong graph agrees in none, one cut between equal scores spoils a single call."""
 
     def worst(call: Mapping[str, tuple[float, float]]) -> float:
-        return max(error / (ABSOLUTE + RELATIVE * scale) for error, scale in call.values())
+        return max(error / _tolerance(scale) for error, scale in call.values())
 
     return sorted(compared, key=worst)[: -(-len(compared) // 2)]
 

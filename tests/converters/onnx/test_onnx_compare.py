@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeq.converters.onnx.compare import Agreement, compare_outputs
-from edgeq.errors import ConversionError, UsageError
+from edgeq.converters.onnx.compare import Agreement, CandidateError, Derived, compare_outputs
+from edgeq.errors import ConversionError, SessionError, UsageError
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -208,3 +208,45 @@ def test_sums_of_odd_arrays() -> None:
     assert integers.max_error == 1.0
     with pytest.raises(ValueError, match="shape"):
         integers.update(np.zeros(2), np.zeros(3))
+
+
+def classes_of(path: Path, shape: list[int | str], weight: float) -> Path:
+    """x of a shape -> x times weights that grow along the second axis, as logits."""
+    info = onnx.helper.make_tensor_value_info
+    factors = np.linspace(1, weight, int(shape[1]), dtype=np.float32).reshape(-1, *[1] * (len(shape) - 2))
+    nodes = [onnx.helper.make_node("Mul", ["x", "factors"], ["logits"])]
+    weights = [onnx.numpy_helper.from_array(factors, "factors")]
+    graph = onnx.helper.make_graph(nodes, "g", [info("x", 1, shape)], [info("logits", 1, shape)], weights)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("task", ["image-segmentation", "semantic-segmentation"])
+def test_classes_of_pixels_and_of_queries(tmp_path: Path, task: str) -> None:
+    """Pixels have them in the second axis, queries in the last one: factors along the second axis change no query."""
+    rng = np.random.default_rng(0)
+    for shape, same in (([1, 3, 8, 8], False), ([1, 6, 4], True)):
+        one, other = (classes_of(tmp_path / f"{w}.onnx", list(shape), w) for w in (1.0, 3.0))
+        inputs = [{"x": rng.random(shape, np.float32)}]
+        found = compare_outputs(one, other, inputs, task=task)
+        assert (found.top1 == 1.0) == same
+
+
+def test_derived_arrays_are_compared_after_the_outputs(make_network: MakeNetwork, images: list[Feeds]) -> None:
+    path = make_network()
+    signs: dict[str, Derived] = {"sign": lambda _, made: made["logits"] > np.float32(0)}
+    found = compare_outputs(path, disturbed(path, 0.5), images, derived=signs)
+    assert [output.name for output in found.outputs] == ["logits", "sign"]
+    assert found.outputs[0].mean_cosine != found.outputs[1].mean_cosine
+
+
+def test_what_a_candidate_is_to_blame_for(make_network: MakeNetwork, images: list[Feeds], tmp_path: Path) -> None:
+    path = make_network()
+    model = onnx.load(path)
+    model.graph.node[0].domain = "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "unknown.onnx")
+    with pytest.raises(CandidateError, match=r"cannot load .*unknown\.onnx"):
+        compare_outputs(path, tmp_path / "unknown.onnx", images)
+    with pytest.raises(SessionError):
+        compare_outputs(tmp_path / "unknown.onnx", path, images)

@@ -54,6 +54,16 @@ def test_a_shifted_box_counts_at_small_overlaps_only() -> None:
     assert found in (pytest.approx(0.2), pytest.approx(0.3))
 
 
+def test_overlap_is_that_of_what_is_found() -> None:
+    judge = DetectionAgreement()
+    assert judge.mean_overlap() is None
+    near = [0.0, 0.0, 0.4, 0.3]  # three quarters of A
+    judge.update(TRUTH, detections([near, B, [0.6, 0.0, 0.9, 0.2]], [0.9, 0.8, 0.7], [0, 0, 1]))
+    assert judge.mean_overlap() == pytest.approx((0.75 + 1) / 2)  # the third is found nowhere
+    judge.update(TRUTH, TRUTH)
+    assert judge.mean_overlap() == pytest.approx((0.75 + 1 + 3) / 5)
+
+
 def test_one_truth_is_found_once() -> None:
     twice = detections([A, A, B, C], [0.95, 0.9, 0.8, 0.7], [0, 0, 0, 1])
     value = agreement((TRUTH, twice))

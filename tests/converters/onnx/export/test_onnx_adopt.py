@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeq.converters.onnx.export.adopt import adopt_onnx
-from edgeq.errors import SourceError, UnsupportedModelError, UsageError
+from edgeq.converters.onnx.export.adopt import adopt_onnx, check_adopted
+from edgeq.errors import ConversionError, SourceError, UnsupportedModelError, UsageError
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -180,3 +180,140 @@ def test_damaged_files_and_wrong_inputs_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no input 'z'"):
         adopt_onnx(file, tmp_path / "out.onnx", inputs=[{"z": np.zeros((1, 4), np.float32)}])
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_an_input_that_is_an_output_too_keeps_its_name(tmp_path: Path) -> None:
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    file = _save(tmp_path, [product])
+    model = onnx.load(file)
+    model.graph.output.insert(0, _value("x", ["n", 4]))
+    onnx.save(model, file)
+    exported = adopt_onnx(file, tmp_path / "out.onnx")
+    assert [spec.name for spec in exported.artifact.inputs] == ["x"]
+    assert [spec.name for spec in exported.artifact.outputs] == ["x", "y"]
+    assert [node.op_type for node in onnx.load(exported.path).graph.node] == ["MatMul"]
+    assert [(check.name, check.calls) for check in exported.checks] == [("x", 2), ("y", 2)]
+
+
+def _function_of_input(folder: Path, op_type: str) -> Path:
+    return _save(
+        folder,
+        [helper.make_node(op_type, ["x"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])],
+        inputs=[_value("x", ["n", 4])],
+    )
+
+
+@pytest.mark.parametrize("op_type", ["Log", "Sqrt", "Acosh"])
+def test_random_inputs_outside_of_the_domain_are_left_out(tmp_path: Path, op_type: str) -> None:
+    file = _function_of_input(tmp_path, op_type)
+    exported = adopt_onnx(file, tmp_path / "out.onnx")
+    assert any("NaN or infinity for them at 'y'" in note for note in exported.notes)
+    compared = not any("was not compared" in note for note in exported.notes)
+    assert compared == bool(exported.checks) == (op_type != "Acosh")  # of numbers from 1 on alone
+    real = {"x": np.full((2, 4), 1.5, np.float32)}
+    again = check_adopted(file, exported, [real, real])
+    assert [(check.name, check.calls) for check in again.checks] == [("y", 2)]
+    assert not any("was not compared" in note for note in again.notes)
+    assert check_adopted(file, exported, []) == exported
+    wrong = {"x": np.full((2, 4), -1.5, np.float32)}
+    with pytest.raises(SourceError, match="The model itself gives NaN or infinity at 'y'"):
+        check_adopted(file, exported, [wrong])
+    with pytest.raises(SourceError, match="The model itself gives NaN or infinity at 'y'"):
+        adopt_onnx(file, tmp_path / "other.onnx", inputs=[wrong])
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    file = _save(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])])
+    model = onnx.load(file)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full((4, 3), np.nan, np.float32), "w"))
+    onnx.save(model, file)
+    with pytest.raises(SourceError, match="The weight 'w' holds NaN"):
+        adopt_onnx(file, tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("op_type", ["RandomNormalLike", "Dropout"])
+def test_a_random_model_is_called_random(tmp_path: Path, op_type: str) -> None:
+    training = numpy_helper.from_array(np.array(True), "training")
+    inputs = ["h"] if op_type == "RandomNormalLike" else ["h", "", "training"]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node(op_type, inputs, ["y"])]
+    graph = helper.make_graph(nodes, "g", [_value("x", ["n", 4])], [_value("y", ["n", 3])], [_weights(4, 3), training])
+    file = tmp_path / "given.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
+    with pytest.raises(UnsupportedModelError, match="The model is random: two calls with the same inputs differ"):
+        adopt_onnx(file, tmp_path / "out.onnx")
+
+
+def test_an_opset_that_the_target_does_not_take_is_lowered(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Cast", ["r"], ["y"], to=TensorProto.FLOAT),
+    ]
+    file = _save(tmp_path, nodes, opset=24)
+    exported = adopt_onnx(file, tmp_path / "out.onnx", newest_opset=20)
+    assert exported.artifact.opset == 20
+    model = onnx.load(exported.path)
+    assert (model.opset_import[0].version, model.ir_version) == (20, 9)
+    assert any("lowered from 24 to 20" in note for note in exported.notes)
+    assert exported.checks[0].calls == 2
+    kept = adopt_onnx(file, tmp_path / "kept.onnx", newest_opset=24)
+    assert (kept.artifact.opset, kept.notes) == (24, ())
+
+
+def test_an_opset_that_cannot_be_lowered_is_refused_with_the_limit(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Swish", ["h"], ["y"])]
+    with pytest.raises(
+        ConversionError, match="uses opset 24, the target takes up to 20, and it cannot be lowered: No Previous"
+    ):
+        adopt_onnx(_save(tmp_path, nodes, opset=24), tmp_path / "out.onnx", newest_opset=20)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def _body(name: str, out: str) -> Any:
+    weight = numpy_helper.from_array(np.ones(3, np.float32), f"{name}_w")
+    node = helper.make_node("Add", ["h", f"{name}_w"], [out])
+    return helper.make_graph([node], name, [], [_value(out, ["n", 3])], [weight])
+
+
+@pytest.mark.parametrize("place", ["constant", "body", "sparse"])
+@pytest.mark.parametrize("location", ["../secret.bin", "link.bin"])
+def test_data_outside_of_the_folder_is_refused_wherever_it_stands(tmp_path: Path, place: str, location: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(12))
+    (folder / "link.bin").symlink_to("../secret.bin")
+    file = _save(folder, [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])])
+    model = onnx.load(file)
+    tensor: TensorProto
+    if place == "body":
+        branches = {"then_branch": _body("a", "a_out"), "else_branch": _body("b", "b_out")}
+        model.graph.node[1].CopyFrom(helper.make_node("If", ["yes"], ["y"], **branches))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+        tensor = model.graph.node[1].attribute[1].g.initializer[0]
+    elif place == "constant":
+        held = numpy_helper.from_array(np.ones(3, np.float32), "c")
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=held))
+        model.graph.node[2].CopyFrom(helper.make_node("Add", ["h", "c"], ["y"]))
+        tensor = model.graph.node[0].attribute[0].t
+    else:
+        values = numpy_helper.from_array(np.ones(3, np.float32), "values")
+        at = numpy_helper.from_array(np.arange(3), "at")
+        dense = helper.make_node("Constant", [], ["c"], sparse_value=helper.make_sparse_tensor(values, at, [3]))
+        model.graph.node.insert(0, dense)
+        tensor = model.graph.node[0].attribute[0].sparse_tensor.values
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "12")):
+        tensor.external_data.add(key=key, value=value)
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(SourceError, match="outside its own folder"):
+        adopt_onnx(file, tmp_path / "out.onnx")
+
+
+def test_names_written_twice_and_nodes_that_give_nothing(tmp_path: Path) -> None:
+    twice = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("MatMul", ["x", "w"], ["y"], name="again")]
+    with pytest.raises(SourceError, match="The name 'y' is written twice, the second time by 'again'"):
+        adopt_onnx(_save(tmp_path, twice), tmp_path / "out.onnx")
+    nothing = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Log", ["y"], [], domain="own.ops")]
+    with pytest.raises(SourceError, match=r"operator own\.ops\.Log has no outputs"):
+        adopt_onnx(_save(tmp_path, nothing), tmp_path / "out.onnx")

@@ -71,6 +71,20 @@ def test_a_layer_after_the_pooling_is_a_note(tmp_path: Path) -> None:
     assert "Dense" in notes[0]
 
 
+def test_normalizing_before_pooling_is_a_note(tmp_path: Path) -> None:
+    embedding, notes = read_embedding(_write(tmp_path, [_MODULES[0], _MODULES[2], _MODULES[1]], {}), {})
+    assert embedding is None
+    assert "normalizes before it pools" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_roberta_config.json"])
+def test_lowercase_is_read(tmp_path: Path, name: str) -> None:
+    folder = _write(tmp_path, _MODULES, {})
+    (folder / name).write_text(json.dumps({"max_seq_length": 99, "do_lower_case": True}))
+    wanted = Embedding(pooling="mean", normalize=True, max_tokens=99, lowercase=True)
+    assert read_embedding(folder, {}) == (wanted, ())
+
+
 def test_a_default_prompt_is_a_note(tmp_path: Path) -> None:
     folder = _write(tmp_path, _MODULES, {})
     prompts = {"default_prompt_name": "query", "prompts": {"query": "query: "}}

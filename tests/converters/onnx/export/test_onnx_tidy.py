@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgeq.converters.onnx.export.tidy import tidy
+from edgeq.converters.onnx.export.tidy import names_kept, tidy
+from edgeq.errors import ConversionError
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
@@ -58,3 +59,9 @@ def test_names_are_unique_and_open_axes_have_one() -> None:
     shape = model.graph.outputs[0].shape
     assert shape is not None
     assert str(shape[0]) == "y_axis_0"
+
+
+def test_an_optimizer_that_renames_inputs_is_refused() -> None:
+    model = _graph("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    with pytest.raises(ConversionError, match="made 'other' of its input or output 'x'"), names_kept(model):
+        model.graph.inputs[0].name = "other"

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.export.verify import ABSOLUTE, RELATIVE, check_outputs
-from edgeq.errors import ConversionError, SourceError
+from edgeq.errors import ConversionError, SourceError, UnsupportedModelError
 
 _X = np.linspace(-4, 4, 12, dtype=np.float32).reshape(3, 4)
 
@@ -62,3 +62,11 @@ def test_whole_numbers_must_be_equal() -> None:
     assert _check(whole, whole)[0].max_error == 0
     with pytest.raises(ConversionError, match="by inf"):
         _check(whole, whole[::-1].copy())
+
+
+def test_a_reference_that_differs_from_itself_is_random() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(UnsupportedModelError, match=r"The model is random: two calls .* differ at 'y'"):
+        check_outputs(lambda _: {"y": rng.standard_normal(4)}, lambda _: {"y": np.zeros(4)}, [{"x": _X}])
+    with pytest.raises(UnsupportedModelError, match="The model is random"):
+        check_outputs(lambda _: {"y": np.zeros(rng.integers(1, 1000))}, lambda _: {"y": np.zeros(0)}, [{"x": _X}])
