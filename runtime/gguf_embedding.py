@@ -31,6 +31,7 @@ class GgufEmbeddingSession:
             for, are cut.
         pooling: how states of tokens become one vector; None for what the GGUF says.
         normalize: whether vectors get the length 1; GGUFs do not say it.
+        lowercase: texts before they are tokenized, whatever the GGUF's tokenizer does; GGUFs do not say that either.
         started: when loading began, on the clock of `time.perf_counter`.
 
     Attributes:
@@ -54,6 +55,7 @@ class GgufEmbeddingSession:
         batch_tokens: int = 512,
         pooling: Pooling | None = None,
         normalize: bool = True,
+        lowercase: bool = False,
         started: float | None = None,
     ) -> None:
         began = time.perf_counter() if started is None else started
@@ -66,7 +68,7 @@ class GgufEmbeddingSession:
             self._model.close()
             raise
         self._lock = threading.Lock()
-        self._normalize = normalize
+        self._normalize, self._lowercase = normalize, lowercase
         self._closed = False
         self.dimensions = self._context.dimensions
         self.pooling = self._context.pooling
@@ -91,17 +93,21 @@ class GgufEmbeddingSession:
         """
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} makes no sense", "Choose at least 1")
-        result = np.empty((len(texts), self.dimensions), np.float32)
-        if not len(texts):
-            return result
+        if not isinstance(texts, str) and not len(texts):
+            return np.empty((0, self.dimensions), np.float32)
         check_texts(texts)
+        result = np.empty((len(texts), self.dimensions), np.float32)
         with self._lock:
             if self._closed:
                 raise SessionClosedError("the session was closed", "Load it again")
-            tokens = [self._cut(self._model.tokenize(text, add_special=True, parse_special=False)) for text in texts]
+            tokens = [self._tokens(text) for text in texts]
             for chosen in self._batches([len(ids) for ids in tokens], batch_size):
                 result[chosen] = self._context.embed([tokens[index] for index in chosen])
         return normalized(result) if self._normalize else result
+
+    def _tokens(self, text: str) -> list[int]:
+        given = text.lower() if self._lowercase else text
+        return self._cut(self._model.tokenize(given, add_special=True, parse_special=False))
 
     def _cut(self, ids: list[int]) -> list[int]:
         """At most `max_tokens`, the end token kept; a text without any token gets the end token."""

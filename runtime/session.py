@@ -13,6 +13,7 @@ from edgeq.errors import BundleError, UsageError
 from edgeq.llama_library import check_threads
 from edgeq.runtime.engine import EngineSettings
 from edgeq.runtime.llm import LLMSession
+from edgeq.runtime.tensor.devices import fitting_device
 from edgeq.runtime.tensor.embedding import EmbeddingSession
 from edgeq.runtime.tensor.engine import Engine, OnnxEngine, TensorrtEngine
 from edgeq.runtime.tensor.session import TensorSession
@@ -43,6 +44,7 @@ def load(
     threads: int | None = None,
     cores: Sequence[int] = (),
     providers: Sequence[Provider] | None = None,
+    device: str | None = None,
     verify: bool = False,
 ) -> EmbeddingSession: ...
 @overload
@@ -53,6 +55,7 @@ def load(
     threads: int | None = None,
     cores: Sequence[int] = (),
     providers: Sequence[Provider] | None = None,
+    device: str | None = None,
     verify: bool = False,
 ) -> TensorSession: ...
 @overload
@@ -64,6 +67,7 @@ def load(
     context_tokens: int | None = None,
     cores: Sequence[int] = (),
     providers: Sequence[Provider] | None = None,
+    device: str | None = None,
     verify: bool = False,
 ) -> LLMSession | TensorSession: ...
 def load(
@@ -74,6 +78,7 @@ def load(
     context_tokens: int | None = None,
     cores: Sequence[int] = (),
     providers: Sequence[Provider] | None = None,
+    device: str | None = None,
     verify: bool = False,
 ) -> LLMSession | TensorSession:
     """Load a bundle and make it ready to use.
@@ -88,10 +93,12 @@ def load(
         cores: of a model that is called with arrays, CPUs to stay on; see `TensorSettings`.
         providers: of a model that is called with arrays, what ONNX Runtime computes with; None for what the bundle
             was made for, which may be TensorRT itself; its engine is then built on the first load.
+        device: of a model that is called with arrays and made for several devices, the one whose graph to take, as
+            `TensorManifest.devices` names it; None for the first that this machine can run.
         verify: hash all files first.
 
     Raises:
-        BundleError: no bundle, one that was changed, or one of another kind.
+        BundleError: no bundle, one that was changed, one of another kind, or one that was not made for that device.
         UsageError: more context than planned, a number of threads outside of 1 to 512, CPUs that this process may not
             use, or an argument that this kind of bundle has no use for.
         SessionError: the model cannot be loaded, memory is too small, ONNX Runtime lacks a provider, or there is no GPU
@@ -103,10 +110,11 @@ def load(
     if threads is not None:
         check_threads(threads)
     if kind == "llm" or (kind is None and opened.manifest.kind == "llm"):
-        _refuse(cores=tuple(cores), providers=tuple(providers or ()))
+        _refuse(cores=tuple(cores), providers=tuple(providers or ()), device=device)
         return _load_llm(opened, threads, context_tokens, started)
     _refuse(context_tokens=context_tokens)
-    return _load_tensor(opened, kind, threads, cores, providers, started)
+    chosen = fitting_device(opened.tensor, providers) if device is None else device
+    return _load_tensor(opened.made_for(chosen), kind, threads, cores, providers, started)
 
 
 def _refuse(**arguments: object) -> None:
@@ -146,7 +154,9 @@ def _load_tensor(
         settings = TensorSettings(axes=manifest.plan.axes)
         engine = _tensorrt_engine(opened)
     else:
-        settings = TensorSettings.from_plan(manifest.plan, threads=threads, cores=cores, providers=providers)
+        settings = TensorSettings.from_plan(
+            manifest.plan, threads=threads, cores=cores, providers=providers, inputs=manifest.artifact.inputs
+        )
         engine = OnnxEngine(opened.file("model"), settings)
     if texts is None or tokenizer is None:
         return TensorSession(engine, settings, manifest=manifest, started=started)

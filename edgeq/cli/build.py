@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.runtime.tensorrt.versions import find_tensorrt
     from edgeq.types import to_json
 
-    bundle = open_bundle(args.bundle)
+    bundle = _for_tensorrt(open_bundle(args.bundle))
     flavour = _flavour(args, bundle)
     _refuse_inside(args.output, bundle.path)
     trt = find_tensorrt(flavour)
@@ -86,6 +86,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         show_lines(_lines(args, built))
     return 0
+
+
+def _for_tensorrt(bundle: Bundle) -> Bundle:
+    """Of a bundle that was made for several devices, the first part that TensorRT runs."""
+    from edgeq.runtime.tensor.settings import TENSORRT_BACKENDS
+
+    parts = [bundle.made_for(device) for device in bundle.tensor.devices]
+    return next((part for part in parts if part.tensor.plan.backend in TENSORRT_BACKENDS), bundle)
 
 
 def _flavour(args: argparse.Namespace, bundle: Bundle) -> Flavour:

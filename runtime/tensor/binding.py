@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from edgeq.inputs.arrays import Array, describe_specs
 from edgeq.tensor_types import AxisRange, TensorSpec
 
 __all__ = ["Binding", "input_buffers"]
+
+_EXAMPLE = "Give whole numbers, as in bind({'x': (1, 3, 224, 224)})"
 
 
 class Binding:
@@ -64,19 +67,29 @@ def input_buffers(
         shapes: of inputs by name.
 
     Raises:
-        UsageError: a name that the model does not have, or a dynamic axis without a size.
+        UsageError: a name that the model does not have, a shape that is none or that takes more memory than there is,
+            or a dynamic axis without a size.
     """
+    if not isinstance(shapes, Mapping):
+        raise UsageError(f"bind() takes shapes by the names of inputs, not a {type(shapes).__name__}", _EXAMPLE)
     for name in shapes:
         if name not in {spec.name for spec in specs}:
             raise UsageError(f"the model has no input {name!r}", f"It takes {describe_specs(specs)}")
-    return {spec.name: np.zeros(_shape(spec, axes, shapes.get(spec.name)), spec.dtype) for spec in specs}
+    return {spec.name: _zeros(spec, _shape(spec, axes, shapes.get(spec.name))) for spec in specs}
 
 
-def _shape(spec: TensorSpec, axes: Mapping[str, AxisRange], told: Sequence[int] | None) -> tuple[int, ...]:
+def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    try:
+        return np.zeros(shape, spec.dtype)
+    except (MemoryError, ValueError) as error:  # numpy has a largest size of its own
+        raise UsageError(
+            f"the shape {shape} of {spec.name!r} takes more memory than there is", "Give smaller sizes"
+        ) from error
+
+
+def _shape(spec: TensorSpec, axes: Mapping[str, AxisRange], told: object) -> tuple[int, ...]:
     if told is not None:
-        if min(told, default=0) < 0:
-            raise UsageError(f"the shape {tuple(told)} of {spec.name!r} makes no sense", "Give sizes above zero")
-        return tuple(told)
+        return _sizes(spec, told)
     sizes = []
     for axis in spec.shape:
         if isinstance(axis, str) and axis not in axes:
@@ -85,3 +98,14 @@ def _shape(spec: TensorSpec, axes: Mapping[str, AxisRange], told: Sequence[int] 
             )
         sizes.append(axes[axis].usual if isinstance(axis, str) else axis)
     return tuple(sizes)
+
+
+def _sizes(spec: TensorSpec, told: object) -> tuple[int, ...]:
+    """A user's shape: whole numbers, of numpy too, of zero or more."""
+    try:
+        sizes = tuple(operator.index(size) for size in told) if isinstance(told, Iterable) else None
+    except TypeError:
+        sizes = None
+    if sizes is None or min(sizes, default=0) < 0:
+        raise UsageError(f"the shape {told!r} of {spec.name!r} makes no sense", _EXAMPLE)
+    return sizes

@@ -57,7 +57,7 @@ class EmbeddingSession(TensorSession):
         try:
             self._hidden, self.dimensions = _hidden_states(self.outputs)
             self._fields = _token_inputs(self.inputs)
-            self._encoder = text_encoder(tokenizer)
+            self._encoder = text_encoder(tokenizer, lowercase=embedding.lowercase)
         except EdgeqError:
             self.close()
             raise
@@ -67,7 +67,12 @@ class EmbeddingSession(TensorSession):
         """One vector a text.
 
         Texts of like length are computed together, so the order in which they come costs nothing. Those that are
-        longer than the model was made for are cut; `count_tokens` tells which.
+        longer than the model was made for are cut; `count_tokens` tells which. A text without any token, as the empty
+        one is where the tokenizer adds none, gets zeros.
+
+        Of a model in dynamic INT8 a vector depends a little on the texts beside it, since all rows of one run share
+        one grid for their activations; with ``batch_size=1`` it does not, which takes twice the time for texts of a few
+        words.
 
         Args:
             texts: any number of them.
@@ -83,10 +88,10 @@ class EmbeddingSession(TensorSession):
         """
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} makes no sense", "Choose at least 1")
-        result = np.empty((len(texts), self.dimensions), np.float32)
-        if not len(texts):
-            return result
+        if not isinstance(texts, str) and not len(texts):
+            return np.empty((0, self.dimensions), np.float32)
         check_texts(texts)
+        result = np.empty((len(texts), self.dimensions), np.float32)
         # The sort of sentence-transformers: characters tell the length well enough.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
         rows = min(batch_size, self._most_rows())
@@ -101,12 +106,21 @@ class EmbeddingSession(TensorSession):
 
     def _embed_batch(self, texts: list[str]) -> npt.NDArray[np.float32]:
         arrays: dict[str, Array] = dict(self._encoder(texts, self._limit(), length=self._fixed(1)))
-        missing = (self._fixed(0) or len(texts)) - len(texts)
+        held = arrays["attention_mask"].any(axis=1)
+        vectors = np.zeros((len(texts), self.dimensions), np.float32)
+        if held.any():
+            vectors[held] = self._embed_tokens({name: array[held] for name, array in arrays.items()})
+        return vectors
+
+    def _embed_tokens(self, arrays: dict[str, Array]) -> npt.NDArray[np.float32]:
+        """Vectors of texts that have tokens."""
+        count = len(arrays["input_ids"])
+        missing = (self._fixed(0) or count) - count
         if missing:  # a graph of a fixed number of rows gets the first again
             arrays = {name: np.concatenate([a, a[:1].repeat(missing, axis=0)]) for name, a in arrays.items()}
         feed = {spec.name: arrays[spec.name].astype(spec.dtype, copy=False) for spec in self._fields}
         hidden = self.run(feed)[self._hidden].astype(np.float32, copy=False)
-        vectors = pool(hidden, arrays["attention_mask"], self.embedding.pooling)[: len(texts)]
+        vectors = pool(hidden, arrays["attention_mask"], self.embedding.pooling)[:count]
         return normalized(vectors) if self.embedding.normalize else vectors
 
     def _limit(self) -> int:

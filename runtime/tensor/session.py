@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgeq.errors import BundleError, EdgeqError, SessionClosedError, SessionError
+from edgeq.errors import BundleError, EdgeqError, SessionClosedError, SessionError, UsageError
 from edgeq.inputs.arrays import Array, check_arrays
 from edgeq.runtime.tensor.batching import join_calls, split_calls
 from edgeq.runtime.tensor.binding import Binding, input_buffers
@@ -139,7 +139,7 @@ class TensorSession:
         The arrays must not change until the future is done. What `run` would raise for its inputs is raised here, the
         rest by the future's ``result``; calls that wait when the session is closed end with SessionClosedError.
         """
-        feed = dict(inputs)
+        feed = dict(_as_mapping(inputs))
         check_arrays(feed, self.inputs, self._axes)
         with self._lock:
             if self._engine is None:
@@ -153,7 +153,8 @@ class TensorSession:
 
         Neighbours of the same shapes, but for the first axis, are joined along it where all inputs and outputs begin
         with the same dynamic axis, up to the most that it may have; others are run one by one. Outputs may be parts of
-        larger arrays, and differ in the last digits from those of `run`.
+        larger arrays. They differ in the last digits from those of `run`, and by more of a model in dynamic INT8: it
+        puts all rows of one run on one grid, which the largest number among them decides.
 
         Args:
             calls: the inputs of each, as for `run`.
@@ -166,8 +167,10 @@ class TensorSession:
             SessionClosedError: the session was closed.
             SessionError: the runtime failed.
         """
+        if not isinstance(calls, Sequence):
+            raise UsageError(f"run_batch() takes a list of calls, not a {type(calls).__name__}", "Give a list")
         for index, call in enumerate(calls):
-            check_arrays(call, self.inputs, self._axes, source=f"call {index}")
+            check_arrays(_as_mapping(call), self.inputs, self._axes, source=f"call {index}")
         results: list[dict[str, Array]] = []
         for group in join_calls(calls, self.inputs, self.outputs, self._axes):
             outputs = self.run(group.inputs)
@@ -191,7 +194,7 @@ class TensorSession:
             SessionClosedError: the session was closed.
             SessionError: the runtime failed.
         """
-        inputs = input_buffers(self.inputs, self._axes, shapes or {})
+        inputs = input_buffers(self.inputs, self._axes, {} if shapes is None else shapes)
         outputs = {name: np.zeros_like(array, order="C") for name, array in self.run(inputs).items()}
         with self._lock:
             if self._engine is None:
@@ -210,7 +213,7 @@ class TensorSession:
     def _explain(self, error: Exception, inputs: Mapping[str, Array]) -> EdgeqError:
         """The error to raise instead of one of Python's or the runtime's."""
         try:
-            check_arrays(inputs, self.inputs, self._axes)
+            check_arrays(_as_mapping(inputs), self.inputs, self._axes)
         except EdgeqError as fault:
             return fault
         reason = " ".join(str(error).split())
@@ -244,6 +247,16 @@ class TensorSession:
     def __repr__(self) -> str:
         name = self._manifest.name if self._manifest is not None else ", ".join(self._input_names)
         return f"<{type(self).__name__} {name}{' (closed)' if self._engine is None else ''}>"
+
+
+def _as_mapping(inputs: object) -> Mapping[str, Array]:
+    """The inputs of a call. Raises UsageError for what has no names."""
+    if not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"the inputs of a call are a {type(inputs).__name__}, not a mapping of names to arrays",
+            "Give a dict, as in run({'x': array})",
+        )
+    return inputs
 
 
 def _closed() -> SessionClosedError:

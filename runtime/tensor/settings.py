@@ -6,10 +6,12 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
+from edgeq.disk_cache import cache_root
 from edgeq.errors import SessionError, UsageError
 from edgeq.llama_library import check_threads, default_threads
 from edgeq.profiles.onnx.session import PROVIDERS, Provider
-from edgeq.tensor_types import AxisRange, TensorPlan
+from edgeq.runtime.tensorrt.providers import with_options
+from edgeq.tensor_types import AxisRange, TensorPlan, TensorSpec
 
 __all__ = ["BACKEND_PROVIDERS", "TENSORRT_BACKENDS", "TensorSettings"]
 
@@ -48,11 +50,20 @@ class TensorSettings:
         threads: int | None = None,
         cores: Sequence[int] = (),
         providers: Sequence[Provider] | None = None,
+        inputs: Sequence[TensorSpec] = (),
     ) -> TensorSettings:
         """The settings of a plan, with what the caller overrides.
 
+        Args:
+            plan: of the bundle.
+            threads: instead of the plan's.
+            cores: see `TensorSettings`.
+            providers: instead of those of the plan's backend; those for GPUs that have no options get the plan's.
+            inputs: of the model, whose sizes TensorRT's provider is told.
+
         Raises:
             SessionError: the plan is for a backend that ONNX Runtime does not run.
+            UsageError: a provider that cannot be asked for the plan's precision, or for a dynamic axis without sizes.
         """
         chosen = BACKEND_PROVIDERS.get(plan.backend) if providers is None else tuple(providers)
         if chosen is None:
@@ -63,7 +74,7 @@ class TensorSettings:
         return cls(
             threads=threads or (None if cores else plan.threads),
             cores=tuple(cores),
-            providers=chosen,
+            providers=with_options(chosen, plan, inputs, cache=cache_root() / "onnxruntime"),
             disabled_optimizers=plan.disabled_optimizers,
             axes=plan.axes,
         )

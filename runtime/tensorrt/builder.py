@@ -1,7 +1,7 @@
 """From an ONNX graph with explicit Q/DQ nodes to an engine.
 
 The network is strongly typed: the graph alone says what computes in which precision, and TensorRT adds no precision of
-its own. In TensorRT 10 that is a flag, from 11 on there is nothing else.
+its own. In TensorRT 10 that is a flag, from 11 on there is nothing else, though the flag is still there.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _LONGEST_LINE = 300
 _SAYS_LITTLE = ("Invalid Node - ", "catchCudaError")
 # Of every model that takes token ids; sessions bind what the engine's own tensors say.
 _NOTHING_WRONG = re.compile(r"Make sure (?:input|output) .* has Int64 binding")
+_NO_PLUGIN = "was not found in plugin registry"
 _NO_FP32_PRODUCT = "FP32 GEMM is not supported"  # TensorRT-RTX for Turing, of INT8 products with FP32 scales too
 _COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "insufficient memory", "cudaerrormemoryallocation")
@@ -189,6 +190,8 @@ def _describe(error: Any) -> str:  # noqa: ANN401
     """One line: node, operator, and the first message that says why."""
     lines = [" ".join(line.split()) for line in str(error.desc()).splitlines()]
     text = _telling([line for line in lines if line])[0]
+    if text == "false" or _NO_PLUGIN in text:  # a check that failed, and a look for somebody's own operator
+        text = "there is no such operator in it"
     name, operator = error.node_name(), error.node_operator()
     where = f"node {name!r}" if name else f"node {error.node()}" if error.node() >= 0 else ""
     what = f"{where} ({operator})" if where and operator else where or operator
@@ -258,6 +261,7 @@ def _limit(trt: ModuleType, config: Any, name: str, n_bytes: int | None, message
 def _use_dla(trt: ModuleType, builder: Any, network: Any, config: Any, core: int) -> int:  # noqa: ANN401
     """Send layers to the deep learning accelerator where it can compute them, and the others to the GPU."""
     here = f"TensorRT {version_of(trt)}"
+    # 10.3 to 10.7 have it too, but not for strongly typed networks; 10.8 to 11.3 have none.
     remedy = "Build for the GPU alone, or with a TensorRT that has it: 11.4.1 or later with JetPack 7.2.2 on AGX Orin"
     if core >= builder.num_DLA_cores:
         raise SessionError(f"{here} finds {builder.num_DLA_cores} DLA cores here, and core {core} is asked for", remedy)

@@ -1,22 +1,26 @@
-"""ONNX Runtime's providers for NVIDIA GPUs: which, with which options, and whether they were really taken."""
+"""ONNX Runtime's providers for NVIDIA GPUs, and the options that a plan asks for.
+
+Whether they were really taken is looked at where sessions are opened (`edgeq.profiles.onnx.session`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from edgeq.errors import MissingPackageError, SessionError, UsageError
+from edgeq.errors import UsageError
 from edgeq.tensor_types import TensorPlan, TensorSpec
 
-__all__ = ["check_providers", "gpu_providers", "refuse_missing_providers"]
+__all__ = ["gpu_providers", "with_options"]
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
-_CPU = "CPUExecutionProvider"
 _FIRST = {"onnxruntime-cuda": CUDA, "tensorrt": TENSORRT, "tensorrt-rtx": TENSORRT_RTX}
 
 Provider = tuple[str, dict[str, str]]
+Named = str | tuple[str, dict[str, Any]]
 
 
 def gpu_providers(
@@ -128,40 +132,27 @@ def _shapes(plan: TensorPlan, inputs: Sequence[TensorSpec]) -> dict[str, str]:
     return {"min": text("least"), "opt": text("usual"), "max": text("most")}
 
 
-def refuse_missing_providers(available: Sequence[str], wanted: Sequence[Provider]) -> None:
-    """Refuse to go on without the provider that shall compute, before a session is made.
+def with_options(
+    providers: Sequence[Named], plan: TensorPlan, inputs: Sequence[TensorSpec], *, cache: Path
+) -> tuple[Named, ...]:
+    """Providers that are given by name alone, with the options that follow from a plan.
 
     Args:
-        available: of ``onnxruntime.get_available_providers()``.
-        wanted: of `gpu_providers`.
+        providers: names, or names with options, which are left as they are.
+        plan: of the bundle.
+        inputs: of the model.
+        cache: a folder for engines and times of kernels.
 
     Raises:
-        MissingPackageError: this build of ONNX Runtime does not have it.
+        UsageError: as `gpu_providers`.
     """
-    name = wanted[0][0]
-    if name not in available:
-        raise MissingPackageError(
-            f"This build of ONNX Runtime has no {name}, only {', '.join(available)}",
-            "Install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu (on a Jetson, the wheel from "
-            "NVIDIA's Jetson AI Lab)",
-        )
+    first = _FIRST.get(plan.backend)
 
+    def named(provider: Named) -> Named:
+        if provider == CUDA:
+            return (CUDA, _cuda(0, None))
+        if provider == first:
+            return gpu_providers(plan, inputs, cache=cache)[0]
+        return provider
 
-def check_providers(taken: Sequence[str], wanted: Sequence[Provider]) -> None:
-    """Refuse a session that fell back to something else, which ONNX Runtime only logs.
-
-    Args:
-        taken: of ``session.get_providers()``, after the session was made.
-        wanted: of `gpu_providers`.
-
-    Raises:
-        SessionError: a provider that was asked for is not there, so that the CPU computes.
-    """
-    lost = [name for name, _ in wanted if name not in taken]
-    if lost:
-        computes = next((name for name in taken if name != _CPU), _CPU)
-        raise SessionError(
-            f"ONNX Runtime could not start {', '.join(lost)}, and {computes} would compute instead",
-            "Check the driver with nvidia-smi, and that CUDA, cuDNN and TensorRT are of the versions that this "
-            "onnxruntime-gpu needs",
-        )
+    return tuple(named(provider) for provider in providers)

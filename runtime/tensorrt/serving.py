@@ -17,9 +17,10 @@ from edgeq.bundle import Bundle
 from edgeq.errors import BundleError, SessionError
 from edgeq.runtime.tensorrt.build_process import Progress, build_limited
 from edgeq.runtime.tensorrt.cache import EngineFolder, EngineStore, describe_engine, put_engine, shipped_engines
-from edgeq.runtime.tensorrt.check import Arrays, bundle_samples, check_engine
+from edgeq.runtime.tensorrt.check import Arrays, check_engine
 from edgeq.runtime.tensorrt.engine_key import differences, engine_key
 from edgeq.runtime.tensorrt.records import EngineInfo, EngineKey, EngineSettings
+from edgeq.runtime.tensorrt.samples import bundle_samples
 from edgeq.runtime.tensorrt.session import EngineSession
 from edgeq.runtime.tensorrt.targets import EngineTarget, settings_for, target_here
 from edgeq.runtime.tensorrt.versions import find_tensorrt, flavour_for_backend, flavour_of
@@ -74,7 +75,7 @@ def engine_for(
     store: EngineStore | None = None,
     options: BuildOptions = DEFAULTS,
 ) -> EngineFolder:
-    """The engine of a bundle for a target: the bundle's own, the store's, or a new one.
+    """The engine of a bundle for a target: the store's, the bundle's own, or a new one.
 
     Args:
         trt: the library.
@@ -91,7 +92,8 @@ def engine_for(
     key = bundle_key(trt, bundle, settings, target)
     shipped = shipped_engines(bundle)
     if not options.force:
-        found = next((engine for engine in shipped if engine.info.key == key), None) or store.find(key)
+        # The store's own first: it may have been built because the shipped one was found wrong here.
+        found = store.find(key) or next((engine for engine in shipped if engine.info.key == key), None)
         if found is not None:
             return found
     _tell(options.tell, bundle, target, "it is asked for" if options.force else store.why_not(key, shipped))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ import pytest
 
 from edgeq.runtime.tensorrt.cache import describe_engine
 from edgeq.runtime.tensorrt.driver import find_gpu
+from edgeq.runtime.tensorrt.records import EngineInfo
+from edgeq.types import to_json
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
@@ -139,8 +142,13 @@ def test_help_has_examples(cli: Any) -> None:
     assert "edgeq build bundle --for laptop-rtx -o engines" in done.stdout
 
 
+def _of_another_build(info: EngineInfo) -> EngineInfo:
+    assert info.key is not None
+    return msgspec.structs.replace(info, key=msgspec.structs.replace(info.key, version="1.0.0.1"))
+
+
 @no_gpu
-def test_a_shipped_engine_is_taken_as_it_is(cli: Any, bundle: Path) -> None:
+def test_a_shipped_engine_is_taken_as_it_is(cli: Any, bundle: Path, tmp_path: Path) -> None:
     from edgeq.bundle import describe_file, open_bundle, write_manifest
     from edgeq.runtime.tensorrt.serving import ship_engine
     from edgeq.runtime.tensorrt.targets import parse_target, settings_for
@@ -161,3 +169,13 @@ def test_a_shipped_engine_is_taken_as_it_is(cli: Any, bundle: Path) -> None:
     assert Path(engine["engine"]) == shipped.engine
     other = cli("build", bundle, "--for", "sm_86")
     assert "the engine that is there is for compute capability 8.9, now 8.6" in other.stderr
+    (forced,) = _json(cli("build", bundle, "--force", "--json").stdout)
+    assert Path(forced["engine"]) != shipped.engine
+    (again,) = _json(cli("build", bundle, "--json").stdout)
+    assert (again["built"], again["engine"]) == (False, forced["engine"])  # what was asked for stays
+    shutil.rmtree(tmp_path / "cache")
+    (bundle / "engines" / "sm_89" / "engine.json").write_bytes(to_json(_of_another_build(shipped.info)))
+    files = tuple(describe_file(bundle, f"engines/sm_89/{name}", role) for name, role in roles.items())
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=(*manifest.files, *files)))
+    older = cli("build", bundle)
+    assert f"the engine that is there is for TensorRT 1.0.0.1, now {trt.__version__}" in older.stderr

@@ -148,6 +148,20 @@ def test_vectors_as_they_are(session: GgufEmbeddingSession, minilm_gguf: Path) -
     assert not np.allclose(vectors, session.embed(TEXTS), atol=1e-2)
 
 
+def test_lowercase_is_done_before_anything_else(minilm_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    with GgufEmbeddingSession(minilm_gguf, threads=1, lowercase=True) as session:
+        tokenize = session._model.tokenize
+
+        def watched(text: str, **more: Any) -> list[int]:
+            seen.append(text)
+            return tokenize(text, **more)
+
+        monkeypatch.setattr(session._model, "tokenize", watched)
+        session.embed(["The ROBOT"])
+    assert seen == ["the robot"]
+
+
 def test_a_language_model_must_be_told(smollm2_gguf: Path) -> None:
     with pytest.raises(SessionError, match="does not say how a text becomes one vector"):
         GgufEmbeddingSession(smollm2_gguf, threads=1)
@@ -160,7 +174,13 @@ def test_a_language_model_must_be_told(smollm2_gguf: Path) -> None:
 
 @pytest.mark.parametrize(
     ("texts", "batch_size", "message"),
-    [("text", 1, "one string"), (["a", 5], 1, "text 1 is a int"), (["\ud800"], 1, "surrogate"), (["a"], 0, "=0")],
+    [
+        ("text", 1, "one string"),
+        ("", 1, "one string"),
+        (["a", 5], 1, "text 1 is a int"),
+        (["\ud800"], 1, "surrogate"),
+        (["a"], 0, "=0"),
+    ],
 )
 def test_what_cannot_be_embedded(session: GgufEmbeddingSession, texts: Any, batch_size: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):

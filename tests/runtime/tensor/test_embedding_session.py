@@ -165,6 +165,7 @@ def test_no_texts_are_no_vectors(session: EmbeddingSession) -> None:
     ("texts", "batch_size", "message"),
     [
         ("text", 1, "one string"),
+        ("", 1, "one string"),
         (["a", None], 1, "text 1 is a NoneType"),
         (["\ud800"], 1, "lone surrogate"),
         (["a"], 0, "batch_size=0"),
@@ -194,3 +195,39 @@ def test_without_a_tokenizer_nothing_stays_open(small: Path, linear_onnx: Path, 
         EmbeddingSession(OnnxEngine(small / "model.onnx", ONE), ONE, tmp_path, MEAN)
     with pytest.raises(BundleError, match="no hidden states"):
         EmbeddingSession(OnnxEngine(linear_onnx, ONE), ONE, small, MEAN)
+
+
+def test_lowercase_is_what_sentence_transformers_computes(small: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.safetensors", "config.json"):
+        shutil.copy(small / name, tmp_path / name)
+    tokenizer = json.loads((small / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((small / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+    texts = ["Where is the CHARGER?", "Ältere ÉTAGE [SEP] İstanbul", *TEXTS]
+    from sentence_transformers.sentence_transformer import modules as models
+
+    encoder = models.Transformer(str(tmp_path), max_seq_length=64, do_lower_case=True)
+    pooling = models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
+    wanted = st.SentenceTransformer(modules=[encoder, pooling], device="cpu").encode(texts)
+    found = []
+    for lowercase in (False, True):
+        embedding = Embedding(pooling="mean", normalize=False, max_tokens=64, lowercase=lowercase)
+        with open_small(tmp_path, embedding) as session:
+            found.append(session.embed(texts))
+    np.testing.assert_allclose(found[1], wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(found[0][0] - wanted[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
+def test_a_text_without_tokens_gets_zeros(small: Path, tmp_path: Path, pooling: Any) -> None:
+    for name in ("model.onnx", "tokenizer_config.json"):
+        shutil.copy(small / name, tmp_path / name)
+    tokenizer = json.loads((small / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    with open_small(tmp_path, Embedding(pooling=pooling, normalize=True, max_tokens=64)) as session:
+        alone, (first, second, third) = session.embed([""]), session.embed(["robot", "", "the shelf"])
+        np.testing.assert_array_equal([alone[0], second], np.zeros((2, 32)))
+        np.testing.assert_allclose([first, third], session.embed(["robot", "the shelf"]), atol=1e-5)
+        assert np.linalg.norm(first) == pytest.approx(1)

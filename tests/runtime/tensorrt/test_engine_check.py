@@ -7,21 +7,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
-from edgeq.bundle import MANIFEST, Bundle, describe_file, open_bundle, write_manifest
-from edgeq.errors import BundleError, SessionError
+from edgeq.bundle import open_bundle
+from edgeq.errors import SessionError
 from edgeq.profiles.onnx.session import open_onnx_session
 from edgeq.runtime.tensorrt.cache import EngineFolder, EngineStore, put_engine
-from edgeq.runtime.tensorrt.check import Arrays, bundle_samples, check_engine
+from edgeq.runtime.tensorrt.check import Arrays, check_engine
 from edgeq.runtime.tensorrt.engine_key import Machine
 from edgeq.runtime.tensorrt.records import EngineInfo, EngineKey
 from edgeq.runtime.tensorrt.serving import serve
 from edgeq.runtime.tensorrt.targets import EngineTarget
-from edgeq.tensor_types import TensorManifest
-from edgeq.types import from_json
 
 Wrong = Any
 
@@ -60,34 +57,6 @@ def test_nothing_to_check_with_is_no_check(tiny: ModuleType, tmp_path: Path) -> 
     graph = tiny.int8_graph(tmp_path / "m.onnx")
     with pytest.raises(SessionError, match="no inputs"):
         check_engine(_cpu(graph), graph, [])
-
-
-def test_a_bundle_brings_its_samples(tiny: ModuleType, int8_bundle: Path) -> None:
-    calls = tiny.calls([1, 4])
-    np.savez(int8_bundle / "samples.npz", **{f"{i}.images": call["images"] for i, call in enumerate(calls)})
-    bundle = _with(int8_bundle, "samples.npz", "samples")
-    found = list(bundle_samples(bundle))
-    assert len(found) == 2
-    for call, sample in zip(calls, found, strict=True):
-        np.testing.assert_array_equal(call["images"], sample["images"])
-    (int8_bundle / "samples.npz").write_bytes(b"PK no archive")
-    with pytest.raises(BundleError, match="holds no inputs"):
-        list(bundle_samples(_with(int8_bundle, "samples.npz", "samples")))
-
-
-def test_without_samples_they_are_drawn_at_the_usual_sizes(int8_bundle: Path) -> None:
-    bundle = open_bundle(int8_bundle)
-    found = [sample["images"] for sample in bundle_samples(bundle)]
-    assert {array.shape for array in found} == {(2, 3, 8, 8)}
-    assert {array.dtype for array in found} == {np.dtype(np.float32)}
-    np.testing.assert_array_equal(found[0], next(iter(bundle_samples(bundle)))["images"])
-
-
-def _with(folder: Path, name: str, role: str) -> Bundle:
-    manifest = from_json((folder / MANIFEST).read_bytes(), TensorManifest)
-    files = tuple(entry for entry in manifest.files if entry.role != role)
-    write_manifest(folder, msgspec.structs.replace(manifest, files=(*files, describe_file(folder, name, role))))
-    return open_bundle(folder)
 
 
 class _Session:

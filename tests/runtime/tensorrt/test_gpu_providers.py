@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from edgeq.errors import MissingPackageError, SessionError, UsageError
+import edgeq
+from edgeq.errors import SessionError, UsageError
 from edgeq.profiles.onnx.session import import_onnxruntime, open_onnx_session
-from edgeq.runtime.tensorrt.providers import check_providers, gpu_providers, refuse_missing_providers
+from edgeq.runtime.tensorrt.providers import gpu_providers, with_options
 from edgeq.tensor_types import AxisRange, Scheme, TensorPlan, TensorPrediction, TensorSpec
 
 INPUTS = (
     TensorSpec(name="images", dtype="float32", shape=("batch", 3, 8, 8)),
     TensorSpec(name="mask", dtype="int64", shape=("batch", "tokens")),
 )
+CUDA_OR_CPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 AXES = {"batch": AxisRange(least=1, usual=2, most=4), "tokens": AxisRange(least=8, usual=128, most=512)}
 
 
@@ -65,25 +69,53 @@ def test_plans_that_no_gpu_runs_are_refused(tmp_path: Path) -> None:
         gpu_providers(_plan("tensorrt"), strange, cache=tmp_path)
 
 
+def test_names_get_the_plans_options(tmp_path: Path) -> None:
+    own = ("CUDAExecutionProvider", {"device_id": "3"})
+    given: list[Any] = ["TensorrtExecutionProvider", own, "CPUExecutionProvider"]
+    asked, second, third = with_options(given, _plan("tensorrt"), INPUTS, cache=tmp_path)
+    assert isinstance(asked, tuple)
+    first, options = asked
+    assert first == "TensorrtExecutionProvider"
+    assert options["trt_profile_max_shapes"] == "images:4x3x8x8,mask:4x512"
+    assert (second, third) == (own, "CPUExecutionProvider")
+    for backend in ("tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"):  # CUDA computes what it can of any graph
+        (cuda,) = with_options(["CUDAExecutionProvider"], _plan(backend, "fp8"), (), cache=tmp_path)
+        assert isinstance(cuda, tuple)
+        assert (cuda[0], cuda[1]["arena_extend_strategy"]) == ("CUDAExecutionProvider", "kSameAsRequested")
+    assert with_options(["TensorrtExecutionProvider"], _plan("onnxruntime-cuda"), (), cache=tmp_path) == (
+        "TensorrtExecutionProvider",
+    )
+
+
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in import_onnxruntime().get_available_providers(), reason="this onnxruntime has CUDA"
 )
-def test_a_build_without_cuda_does_not_compute_silently(tiny: ModuleType, tmp_path: Path) -> None:
-    wanted = gpu_providers(_plan("onnxruntime-cuda"), INPUTS, cache=tmp_path)
-    available = import_onnxruntime().get_available_providers()
-    with pytest.raises(MissingPackageError, match=r"has no CUDAExecutionProvider.*onnxruntime-gpu"):
-        refuse_missing_providers(available, wanted)
-    session = open_onnx_session(tiny.float_graph(tmp_path / "m.onnx"), 1)
-    with pytest.raises(SessionError, match="could not start CUDAExecutionProvider, and CPUExecutionProvider would"):
-        check_providers(session.get_providers(), wanted)
-
-
-def test_what_was_asked_for_passes(tmp_path: Path) -> None:
-    wanted = gpu_providers(_plan("tensorrt"), INPUTS, cache=tmp_path)
-    taken = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    check_providers(taken, wanted)
-    refuse_missing_providers(taken, wanted)
+@pytest.mark.parametrize("providers", [None, ["CUDAExecutionProvider"], CUDA_OR_CPU])
+def test_a_build_without_cuda_does_not_compute_silently(
+    tiny: ModuleType, tmp_path: Path, providers: list[str] | None
+) -> None:
+    """ONNX Runtime itself warns and computes on the CPU; the same bundle there is no silent way out."""
+    graph = tiny.float_graph(tmp_path / "m.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bare = import_onnxruntime().InferenceSession(str(graph), providers=CUDA_OR_CPU)
+    assert bare.get_providers() == ["CPUExecutionProvider"]
+    bundle = tiny.write_tensor_bundle(tmp_path / "bundle", graph, backend="onnxruntime-cuda", scheme="fp32")
     with pytest.raises(
-        SessionError, match="could not start TensorrtExecutionProvider, and CUDAExecutionProvider would"
-    ):
-        check_providers(taken[1:], wanted)
+        SessionError, match="was not built with CUDAExecutionProvider, and would have computed on"
+    ) as told:
+        edgeq.load(bundle, providers=providers)
+    assert "onnxruntime-gpu" in told.value.remedy
+
+
+def test_a_provider_that_does_not_start_is_an_error(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a build for CUDA without a driver: the provider is listed, the session comes without it."""
+    ort = import_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: CUDA_OR_CPU)
+    graph = tiny.float_graph(tmp_path / "m.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(SessionError, match=r"(could not start|cannot load).*CUDAExecutionProvider"):
+            open_onnx_session(graph, 1, providers=CUDA_OR_CPU)
