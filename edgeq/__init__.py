@@ -20,6 +20,7 @@ from edgeq._version import __version__
 if TYPE_CHECKING:
     from edgeq.bundle import Bundle as Bundle
     from edgeq.bundle import open_bundle as open_bundle
+    from edgeq.converters.onnx.export.module_source import ModuleSource as ModuleSource
     from edgeq.errors import BudgetError as BudgetError
     from edgeq.errors import BundleError as BundleError
     from edgeq.errors import ConversionError as ConversionError
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from edgeq.planner.convert import Job as Job
     from edgeq.planner.convert import convert as convert
     from edgeq.planner.plan import Request as Request
+    from edgeq.planner.tensors.convert import convert_tensor as convert_tensor
+    from edgeq.planner.tensors.job import Calibration as Calibration
+    from edgeq.planner.tensors.job import Gate as Gate
+    from edgeq.planner.tensors.job import TensorJob as TensorJob
     from edgeq.profiles.device import DeviceProfile as DeviceProfile
     from edgeq.profiles.loader import load_profile as load_profile
     from edgeq.report import Report as Report
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     from edgeq.runtime.stream import TokenStream as TokenStream
     from edgeq.runtime.tensor.embedding import EmbeddingSession as EmbeddingSession
     from edgeq.runtime.tensor.session import TensorSession as TensorSession
+    from edgeq.tensor_types import TensorManifest as TensorManifest
     from edgeq.types import Budget as Budget
     from edgeq.types import Manifest as Manifest
     from edgeq.types import ModelSource as ModelSource
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
 # The module that each public name comes from. The same names stand above for type checkers; a test compares the two.
 _HOMES = {
     "edgeq.bundle": ("Bundle", "open_bundle"),
+    "edgeq.converters.onnx.export.module_source": ("ModuleSource",),
     "edgeq.errors": (
         "BudgetError",
         "BundleError",
@@ -75,6 +82,8 @@ _HOMES = {
     ),
     "edgeq.planner.convert": ("Job", "convert"),
     "edgeq.planner.plan": ("Request",),
+    "edgeq.planner.tensors.convert": ("convert_tensor",),
+    "edgeq.planner.tensors.job": ("Calibration", "Gate", "TensorJob"),
     "edgeq.profiles.loader": ("load_profile",),
     "edgeq.report": ("Report",),
     "edgeq.runtime.generation": ("Generation", "Timings", "Token"),
@@ -85,6 +94,7 @@ _HOMES = {
     "edgeq.runtime.tensor.embedding": ("EmbeddingSession",),
     "edgeq.runtime.tensor.session": ("TensorSession",),
     "edgeq.profiles.device": ("DeviceProfile",),
+    "edgeq.tensor_types": ("TensorManifest",),
     "edgeq.types": ("Budget", "Manifest", "ModelSource", "Plan"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -94,11 +104,13 @@ __all__ = [
     "BudgetError",
     "Bundle",
     "BundleError",
+    "Calibration",
     "ConversionError",
     "DeviceProfile",
     "DiskFullError",
     "EdgeqError",
     "EmbeddingSession",
+    "Gate",
     "Generation",
     "GgufEmbeddingSession",
     "Job",
@@ -106,6 +118,7 @@ __all__ = [
     "Manifest",
     "MissingPackageError",
     "ModelSource",
+    "ModuleSource",
     "OutputExistsError",
     "Plan",
     "ProfileError",
@@ -115,6 +128,8 @@ __all__ = [
     "SessionClosedError",
     "SessionError",
     "SourceError",
+    "TensorJob",
+    "TensorManifest",
     "TensorSession",
     "Timings",
     "Token",
@@ -123,6 +138,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "convert",
+    "convert_tensor",
     "load",
     "load_profile",
     "open_bundle",

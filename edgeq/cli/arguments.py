@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,12 @@ if TYPE_CHECKING:
 __all__ = [
     "add_budget_arguments",
     "add_json_argument",
+    "add_latency_argument",
     "budget_of",
     "positive_int",
     "read_file",
+    "read_path",
+    "refuse_options",
     "thread_count",
     "whole_number",
 ]
@@ -96,8 +100,32 @@ def add_budget_arguments(parser: argparse.ArgumentParser, overrides: str) -> Non
     group.add_argument("--max-load", metavar="TIME", help="time from process start to ready, median, such as 3s")
 
 
+def add_latency_argument(group: argparse._ActionsContainer) -> None:
+    """The one limit that only models called with arrays have."""
+    group.add_argument("--max-latency", metavar="TIME", help="of a call, 99th percentile, such as 33ms")
+
+
+def refuse_options(args: argparse.Namespace, names: Sequence[str], what: str, whose: str) -> None:
+    """Refuse, rather than ignore, options that this kind of model does not have.
+
+    Args:
+        args: that were parsed; an option that was not given is None or an empty list.
+        names: of the options, as in ``args``.
+        what: the model is, for people.
+        whose: the options are.
+
+    Raises:
+        UsageError: one was given.
+    """
+    from edgeq.errors import UsageError
+
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None) not in (None, [])]
+    if given:
+        raise UsageError(f"{what}, and {', '.join(given)} is {whose}", "Leave it out")
+
+
 def budget_of(args: argparse.Namespace) -> Budget:
-    """The budget that `add_budget_arguments` collected; what was not given is None.
+    """The budget that `add_budget_arguments` and `add_latency_argument` collected; what was not given is None.
 
     Raises:
         UsageError: a limit without a number or with a nonsense unit.
@@ -105,10 +133,12 @@ def budget_of(args: argparse.Namespace) -> Budget:
     from edgeq.types import Budget
     from edgeq.units import parse_bytes, parse_ms, parse_rate
 
+    latency = getattr(args, "max_latency", None)
     return Budget(
         peak_memory_bytes=None if args.max_memory is None else parse_bytes(args.max_memory),
         itl_ms=None if args.max_itl is None else parse_ms(args.max_itl),
         ttft_ms=None if args.max_ttft is None else parse_ms(args.max_ttft),
         tokens_per_s=None if args.min_tps is None else parse_rate(args.min_tps),
         load_ms=None if args.max_load is None else parse_ms(args.max_load),
+        latency_ms=None if latency is None else parse_ms(latency),
     )

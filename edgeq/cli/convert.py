@@ -116,5 +116,6 @@ def _convert_tensor(args: argparse.Namespace, job: TensorJob, out: Path) -> int:
     if args.json:
         show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         return 0
-    show_lines([*tensor_lines(bundle.tensor), "", f"wrote {bundle.path}"])
+    following = [f"wrote {bundle.path}", f"next: edgeq bench {shlex.quote(str(bundle.path))}"]
+    show_lines([*tensor_lines(bundle.tensor), "", *following])
     return 0

@@ -12,9 +12,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgeq.converters.onnx.layers import LayerError
-    from edgeq.tensor_types import Coverage, TensorManifest, TensorQuality, TensorSpec
+    from edgeq.tensor_types import (
+        Coverage,
+        TensorArtifact,
+        TensorManifest,
+        TensorPlan,
+        TensorQuality,
+        TensorSpec,
+        TensorVariant,
+    )
+    from edgeq.types import ModelSource
 
-__all__ = ["layer_lines", "tensor_lines"]
+__all__ = ["coverage_lines", "layer_lines", "plan_head_lines", "tensor_lines", "tensor_quality_lines"]
 
 _MOST_LEFT = 8
 
@@ -22,23 +31,38 @@ _MOST_LEFT = 8
 def tensor_lines(manifest: TensorManifest) -> list[str]:
     """The model, the decisions, what is quantized, how near it is, and what it takes."""
     return sections(
-        _head(manifest),
-        [] if manifest.coverage is None else _coverage(manifest.coverage),
-        [] if manifest.quality is None else _quality(manifest.quality),
+        plan_head_lines(manifest.source, manifest.artifact, manifest.plan, manifest.built_for),
+        [] if manifest.coverage is None else coverage_lines(manifest.coverage),
+        [] if manifest.quality is None else tensor_quality_lines(manifest.quality),
         _prediction(manifest),
+        *(_variant(other) for other in manifest.others),
     )
 
 
-def _head(manifest: TensorManifest) -> list[str]:
-    source, artifact, plan = manifest.source, manifest.artifact, manifest.plan
-    activations = {"u8": ", unsigned activations", "s8": ", signed activations", None: ""}[plan.activations]
-    speed = "" if plan.speedup is None else f", {plan.speedup:.2f} times as fast as the float model here"
-    lines = [
+def _variant(other: TensorVariant) -> list[str]:
+    """What is different for another device."""
+    return sections(
+        [f"also for {other.built_for}", *_plan(other.plan, other.built_for)],
+        [] if other.coverage is None else coverage_lines(other.coverage),
+        [] if other.quality is None else tensor_quality_lines(other.quality),
+        _prediction(other),
+    )
+
+
+def plan_head_lines(source: ModelSource, artifact: TensorArtifact, plan: TensorPlan, built_for: str) -> list[str]:
+    """The model and the decisions."""
+    return [
         f"model    {source.id}, {source.architecture}, {source.n_params / 1e6:.1f} M weights, {artifact.task}",
         f"takes    {'; '.join(_spec(spec) for spec in artifact.inputs)}",
         f"gives    {'; '.join(_spec(spec) for spec in artifact.outputs)}",
-        f"plan     {plan.scheme}{activations}, for {plan.backend} of {manifest.built_for}{speed}",
+        *_plan(plan, built_for),
     ]
+
+
+def _plan(plan: TensorPlan, built_for: str) -> list[str]:
+    activations = {"u8": ", unsigned activations", "s8": ", signed activations", None: ""}[plan.activations]
+    speed = "" if plan.speedup is None else f", {plan.speedup:.2f} times as fast as the float model here"
+    lines = [f"plan     {plan.scheme}{activations}, for {plan.backend} of {built_for}{speed}"]
     for name, sizes in plan.axes.items():
         lines.append(f"axis     {name}: {sizes.least} to {sizes.most}, usually {sizes.usual}")
     kept = list(plan.float_nodes.items())
@@ -78,7 +102,8 @@ def _decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f} dB"
 
 
-def _coverage(found: Coverage) -> list[str]:
+def coverage_lines(found: Coverage) -> list[str]:
+    """What is quantized, by operator."""
     rows = [
         [
             group.op_type,
@@ -95,7 +120,8 @@ def _coverage(found: Coverage) -> list[str]:
     return [head, *table, *left]
 
 
-def _quality(found: TensorQuality) -> list[str]:
+def tensor_quality_lines(found: TensorQuality) -> list[str]:
+    """How near it is to the float model."""
     rows = [
         [
             output.name,
@@ -107,12 +133,18 @@ def _quality(found: TensorQuality) -> list[str]:
         for output in found.outputs
     ]
     table = format_table(["output", "cosine", "worst", "SQNR", "largest error"], rows, right=[1, 2, 3, 4])
-    top1 = "" if found.top1 is None else f", the same class for {found.top1:.1%}"
-    return [f"against the float model on {found.inputs} inputs of {found.source}{top1}", *table]
+    told = [f"against the float model on {found.inputs} inputs of {found.source}"]
+    if found.top1 is not None:
+        told.append(f"the same class for {found.top1:.1%}")
+    if found.detection_map is not None:
+        told.append(f"mean average precision {found.detection_map:.1%}")
+    if found.metric is not None:
+        told.append(f"metric {found.metric[0]:.4g} (float model {found.metric[1]:.4g})")
+    return [", ".join(told), *table]
 
 
-def _prediction(manifest: TensorManifest) -> list[str]:
-    predicted = manifest.plan.predicted
+def _prediction(made: TensorManifest | TensorVariant) -> list[str]:
+    predicted = made.plan.predicted
     latency = "" if predicted.latency_ms is None else f", {predicted.latency_ms:.1f} ms a call"
     file, peak = format_bytes(predicted.file_bytes), format_bytes(predicted.peak_memory_bytes)
     return [f"predicted: file {file}, peak memory {peak}{latency}"]

@@ -349,7 +349,9 @@ def _check_texts(args: argparse.Namespace) -> None:
 
     given = [path for path in (args.calibration, args.eval_text) if path is not None]
     for path in given:
-        check_text_file(path)
+        # Folders and arrays are for models called with arrays; a language model refuses them later.
+        if not (path is args.calibration and (path.is_dir() or path.suffix.lower() == ".npz")):
+            check_text_file(path)
     if len(given) == 2 and given[0].samefile(given[1]):
         raise UsageError(
             f"--calibration and --eval-text are the same text, {args.eval_text}: a model would be judged by what it "

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 
 from edgeq.cli.arguments import add_json_argument
 from edgeq.cli.files import add_export_arguments, check_export, check_output, export_types, refuse_same, write_output
-from edgeq.cli.model_arguments import add_model_arguments, job_from
+from edgeq.cli.model_arguments import add_model_arguments, device_of, job_from
+from edgeq.cli.tensor_arguments import (
+    add_tensor_arguments,
+    refuse_language_options,
+    refuse_tensor_options,
+    tensor_job_from,
+)
 
 if TYPE_CHECKING:
     from edgeq.planner.convert import Job
     from edgeq.planner.front import Front
     from edgeq.planner.problem import Problem
     from edgeq.planner.search import Demand
+    from edgeq.planner.tensors.job import TensorJob
     from edgeq.profiles.device import DeviceProfile
     from edgeq.types import ModelSource, Plan
 
@@ -26,14 +33,18 @@ edgeq plan ./model --target jetson-orin --quant q4_k_m --context 8192 --kv-type 
 edgeq plan ./model --target jetson-orin --power-mode 15W
 edgeq plan ./model --target laptop-cpu --max-size 100MB --front pareto.svg
 edgeq plan ./model --target laptop-cpu --max-kld 0.05 --export types.txt --format llama.cpp
+edgeq plan ./resnet-50 --target jetson-orin --shape pixel_values=1x3x224x224
+edgeq plan detector.onnx --target laptop-cpu --calibration inputs.npz --json
 """
 
 _PICTURES = (".svg", ".png")
+_PICTURED = ("front", "export", "format")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_model_arguments(parser)
+    add_tensor_arguments(parser)
     front = parser.add_argument_group("picture")
     front.add_argument(
         "--front",
@@ -62,9 +73,12 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.planner.convert import plan_only
     from edgeq.types import to_json
 
-    job = job_from(args)
+    job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     _check_front(job, args)
     check_export(args)
+    if _is_called_with_arrays(args):
+        return _plan_tensor(args, tensor_job)
+    refuse_tensor_options(args)
     refuse_same(("--front", args.front if args.front != Path() else None), ("--export", args.export))
     fronts: list[Front] = []
 
@@ -90,6 +104,41 @@ def run(args: argparse.Namespace) -> int:
     show_lines(_lines(job, source, profile, plan))
     _show_front(front)
     show_lines(wrote)
+    return 0
+
+
+def _is_called_with_arrays(args: argparse.Namespace) -> bool:
+    from edgeq.cli.progress import Progress
+    from edgeq.converters.source import resolve
+    from edgeq.planner.kinds import is_called_with_arrays
+
+    with Progress(sys.stderr) as progress:
+        source = resolve(args.model, revision=args.revision, progress=lambda d, t, name: progress(d, t, "download"))
+    return is_called_with_arrays(source, task=args.task)
+
+
+def _plan_tensor(args: argparse.Namespace, job: TensorJob) -> int:
+    """Count, or with inputs or if it is asked for decide, as ``edgeq convert`` does."""
+    from edgeq.cli.arguments import refuse_options
+    from edgeq.cli.describe_tensor_plan import preview_lines
+    from edgeq.cli.output import show, show_lines
+    from edgeq.cli.progress import Progress
+    from edgeq.planner.tensors.plan_only import plan_tensor
+    from edgeq.types import to_json
+
+    refuse_language_options(args)
+    refuse_options(args, _PICTURED, f"{args.model} is called with arrays", "for language models")
+    with Progress(sys.stderr) as progress, tempfile.TemporaryDirectory(prefix="edgeq-plan-") as folder:
+        preview = plan_tensor(
+            job,
+            Path(folder) / "plan",
+            decide=args.calibration is not None or args.held_out is not None or args.search == "always",
+            progress=lambda stage, done, total, detail: progress(done, total, stage),
+        )
+    if args.json:
+        show(to_json(preview).decode())
+    else:
+        show_lines(preview_lines(preview))
     return 0
 
 

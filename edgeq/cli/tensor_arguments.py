@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeq.cli.arguments import budget_of, positive_int
+from edgeq.cli.arguments import add_latency_argument, budget_of, positive_int, refuse_options
 
 if TYPE_CHECKING:
     from edgeq.planner.tensors.job import TensorJob
@@ -27,6 +27,8 @@ _TENSOR_ONLY = (
     "min_cosine",
     "min_coverage",
     "keep_float",
+    "also_for",
+    "max_latency",
 )
 _LANGUAGE_ONLY = (
     "quant",
@@ -36,6 +38,9 @@ _LANGUAGE_ONLY = (
     "kv_type",
     "ubatch",
     "prompt_tokens",
+    "max_itl",
+    "max_ttft",
+    "min_tps",
     "max_size",
     "max_kld",
     "minimize",
@@ -69,6 +74,14 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_PRECISIONS,
         help="auto (default): the fastest that keeps --min-cosine; the float model, if nothing is faster",
     )
+    add_latency_argument(group)
+    group.add_argument(
+        "--also-for",
+        metavar="DEVICE",
+        action="append",
+        default=[],
+        help="a second device, with a graph of its own in the bundle; repeatable",
+    )
     group.add_argument("--backend", metavar="NAME", help="default: the device's first that runs ONNX models")
     group.add_argument(
         "--held-out", type=Path, metavar="PATH", help="inputs to judge on; default: part of --calibration"
@@ -87,28 +100,18 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None) not in (None, [])]
-
-
 def refuse_language_options(args: argparse.Namespace) -> None:
     """Refuse, rather than ignore, what a model that is called with arrays does not have."""
-    from edgeq.errors import UsageError
-
-    given = _given(args, _LANGUAGE_ONLY)
-    if given:
-        raise UsageError(
-            f"{args.model} is called with arrays, and {', '.join(given)} is for language models", "Leave it out"
-        )
+    refuse_options(args, _LANGUAGE_ONLY, f"{args.model} is called with arrays", "for language models")
 
 
 def refuse_tensor_options(args: argparse.Namespace) -> None:
-    """Refuse, rather than ignore, what a language model does not have."""
-    from edgeq.errors import UsageError
+    """Refuse, rather than ignore, what a language model does not have; calibration inputs that are no text among it."""
+    from edgeq.converters.calibration.texts import check_text_file
 
-    given = _given(args, _TENSOR_ONLY)
-    if given:
-        raise UsageError(f"{args.model} is a language model, and {', '.join(given)} is for others", "Leave it out")
+    refuse_options(args, _TENSOR_ONLY, f"{args.model} is a language model", "for others")
+    if args.calibration is not None:
+        check_text_file(args.calibration)
 
 
 def tensor_job_from(args: argparse.Namespace, target: str) -> TensorJob:
@@ -145,6 +148,7 @@ def tensor_job_from(args: argparse.Namespace, target: str) -> TensorJob:
         threads=args.threads,
         revision=args.revision,
         power_mode=args.power_mode,
+        also_for=tuple(args.also_for),
     )
 
 

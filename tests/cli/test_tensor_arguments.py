@@ -25,11 +25,15 @@ def test_everything_given_arrives(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     words = ["--shape", "pixel_values=1x3x224x224", "--precision", "int8", "--min-cosine", "0.999"]
     words += ["--calibration", str(tmp_path / "photos"), "--samples", "9", "--calibration-method", "mse"]
+    words += ["--max-latency", "33ms"]
+    words += ["--also-for", "jetson-orin", "--also-for", "laptop-rtx"]
     words += ["--keep-float", "head", "--min-coverage", "80%", "--task", "image-classification"]
     job = tensor_job_from(parsed(*words), "laptop-cpu")
+    assert job.budget.latency_ms == 33
     assert job.shapes == {"pixel_values": (1, 3, 224, 224)}
     assert (job.gate.min_cosine, job.gate.min_coverage) == (0.999, 0.8)
     assert (job.calibration.inputs, job.calibration.samples) == (tmp_path / "photos", 9)
+    assert job.also_for == ("jetson-orin", "laptop-rtx")
     assert (job.calibration.method, job.keep_float, job.task) == ("mse", ("head",), "image-classification")
 
 
@@ -59,5 +63,9 @@ def test_options_of_the_other_kind_are_refused() -> None:
         refuse_language_options(parsed("--quant", "q8_0"))
     with pytest.raises(UsageError, match="--shape, --min-cosine is for others"):
         refuse_tensor_options(parsed("--shape", "x=1", "--min-cosine", "0.9"))
+    with pytest.raises(UsageError, match="--max-itl, --max-ttft, --min-tps is for language models"):
+        refuse_language_options(parsed("--max-itl", "5ms", "--max-ttft", "1s", "--min-tps", "9"))
+    with pytest.raises(UsageError, match="--max-latency is for others"):
+        refuse_tensor_options(parsed("--max-latency", "33ms"))
     refuse_language_options(parsed())
     refuse_tensor_options(parsed())

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeq.converters.onnx.calibration.collect import collect_by_method
 from edgeq.converters.onnx.calibration.ranges import Range
-from edgeq.converters.onnx.compare import compare_outputs
+from edgeq.converters.onnx.compare import CandidateError, Derived, Metric, compare_outputs
+from edgeq.converters.onnx.quantize.bias_correction import channel_means
 from edgeq.converters.onnx.quantize.channels import sample_channels
 from edgeq.converters.onnx.quantize.coverage import coverage, write_executed
 from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
 from edgeq.converters.onnx.quantize.fp8 import fp8_tensors, quantize_fp8
 from edgeq.converters.onnx.quantize.half import to_half
+from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.onnx.quantize.smooth import channel_tensors, smooth
 from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.converters.onnx.quantize.weights_only import quantize_weights
+from edgeq.errors import ConversionError
+from edgeq.planner.tensors.accuracy import SENTENCE
+from edgeq.planner.tensors.overflow import nodes_that_touch, too_large_for_half
 from edgeq.planner.tensors.samples import Samples
-from edgeq.tensor_types import Coverage, Scheme, TensorQuality
+from edgeq.planner.tensors.sentences import sentence_vectors
+from edgeq.tensor_types import Coverage, Embedding, Scheme, TensorQuality
 
 __all__ = ["DISABLED_OPTIMIZERS", "METHODS", "MODEL_FILE", "Candidate", "Method", "Workbench"]
 
 MODEL_FILE = "model.onnx"
 # ONNX Runtime's fused kernel takes five times what LayerNormalization and a sum take (1.31, x86-64 and 128 x 768).
 DISABLED_OPTIMIZERS = ("SkipLayerNormFusion",)
-_SMOOTHING_INPUTS = 8
+_SMOOTHING_INPUTS = 32
+_OVERFLOW_INPUTS = 8
 
 Progress = Callable[[str, int, int, str], None]
 Method = Literal["minmax", "percentile", "entropy", "mse"]
@@ -44,8 +55,14 @@ class Candidate:
         label: for people and as a folder's name.
         activations: of INT8.
         float_nodes: that could be quantized and were not, with the reason.
-        quality: against the float model; None for the float model itself.
-        coverage: None for the float model.
+        quality: against the float model; None for the float model itself, and where there is a failure.
+        failure: why it cannot be compared with the float model at all; None if it can.
+        coverage: None for the float model, and where there is a failure.
+        kept_share: of the multiply-adds, that of ``float_nodes``.
+        variant_of: label of the candidate that this one must be surely faster than; None if there is none.
+        disabled_optimizers: of ONNX Runtime, when it runs.
+        predicted_ms: of a call, from times of single kernels; None if they were not asked for.
+        notes: what a user must know of it.
     """
 
     scheme: Scheme
@@ -54,7 +71,13 @@ class Candidate:
     activations: Literal["u8", "s8"] | None = None
     float_nodes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     quality: TensorQuality | None = None
+    failure: str | None = None
     coverage: Coverage | None = None
+    kept_share: float = 0.0
+    variant_of: str | None = None
+    disabled_optimizers: tuple[str, ...] = DISABLED_OPTIMIZERS
+    predicted_ms: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +87,6 @@ class Workbench:
     Attributes:
         reference: the float model, cleaned for the backend: what is judged against, and shipped if nothing is better.
         model: what is quantized: the same, or one that computes the same and is smoother.
-        suffix: of labels, for the latter.
         folder: for candidates.
         backend: that they are made for.
         activations: of INT8 there.
@@ -75,6 +97,11 @@ class Workbench:
         percentile: of that method of calibration.
         threads: to calibrate and judge with.
         progress: told stage, amount done, amount in all, and a detail.
+        narrow_weights: of fewer steps, for CPUs without VNNI.
+        suffix: of labels, where ``model`` is a smoother one.
+        exported: the float model as it was before it was cleaned; None if there is no other.
+        metric: the user's own measure of a call.
+        embedding: how a text encoder's hidden states become vectors; None for other models.
     """
 
     reference: Path
@@ -91,29 +118,50 @@ class Workbench:
     progress: Progress
     narrow_weights: bool = False
     suffix: str = ""
+    exported: Path | None = None
+    metric: Metric | None = None
+    embedding: Embedding | None = None
 
+    @functools.cached_property
     def smoothed(self) -> Workbench | None:
-        """Outliers of activations moved into weights, or kept in floats by themselves (SmoothQuant); None without any.
+        """With outliers of activations moved into weights where that costs nothing (SmoothQuant); None without any.
 
-        The model computes the same; only rounding gets easier.
+        The model computes the same, node by node; only rounding gets easier.
         """
+        return self._smoothed(channel_tensors(self.model), "smooth", paid=False)
+
+    @functools.cached_property
+    def smoothed_at_a_price(self) -> Workbench | None:
+        """Likewise, and where it takes a node more; None where that is nowhere."""
         tensors = channel_tensors(self.model, paid=True)
+        if len(tensors) == len(channel_tensors(self.model)):
+            return None
+        return self._smoothed(tensors, "smoother", paid=True)
+
+    def _smoothed(self, tensors: Sequence[str], name: str, *, paid: bool) -> Workbench | None:
         if not tensors or self.suffix:
             return None
-        self.progress("smooth", 0, 1, "")
-        folder = self.folder / "smooth"
+        self.progress("smooth", 0, 1, name)
+        folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         samples = sample_channels(
             self.model, tensors, self.samples.calibration[:_SMOOTHING_INPUTS], threads=self.threads
         )
-        changed = smooth(self.model, folder / MODEL_FILE, samples, paid=True)
-        if not changed:
+        if not smooth(self.model, folder / MODEL_FILE, samples, paid=paid):
             return None
-        return dataclasses.replace(self, model=folder / MODEL_FILE, folder=folder / "candidates", suffix="-smooth")
+        return dataclasses.replace(self, model=folder / MODEL_FILE, folder=folder / "candidates", suffix=f"-{name}")
 
     def ranges(self, methods: Sequence[Method] = METHODS) -> dict[Method, dict[str, Range]]:
         """Of every value that static quantization asks for, by each method in one pass."""
         return self._ranges_of(calibration_tensors(self.model, self.backend), methods)
+
+    def completed(
+        self, ranges: Mapping[str, Range], method: Method, keep_float: Mapping[str, str]
+    ) -> Mapping[str, Range]:
+        """With the ranges of values that become grids only because some nodes stay in floats."""
+        asked = calibration_tensors(self.model, self.backend, frozenset(keep_float)) if keep_float else ()
+        missing = [name for name in asked if name not in ranges]
+        return {**ranges, **self._ranges_of(missing, (method,))[method]} if missing else ranges
 
     def _ranges_of(self, tensors: Sequence[str], methods: Sequence[Method]) -> dict[Method, dict[str, Range]]:
         return collect_by_method(
@@ -136,61 +184,132 @@ class Workbench:
         path, kept = self._path(label), frozenset(keep_float)
         if self.backend == "onnxruntime-cpu":
             quantize_static(
-                self.model, path, ranges, backend=self.backend, activations=self.activations, keep_float=kept
+                self.model,
+                path,
+                ranges,
+                backend=self.backend,
+                activations=self.activations,
+                keep_float=kept,
+                narrow_weights=self.narrow_weights,
+                means=self.means,
             )
+            notes: tuple[str, ...] = ()
         else:
-            self._halved(
+            notes = self._halved(
                 path,
                 lambda out: quantize_static(
-                    self.model, out, ranges, backend=self.backend, activations=self.activations, keep_float=kept
+                    self.model,
+                    out,
+                    ranges,
+                    backend=self.backend,
+                    activations=self.activations,
+                    keep_float=kept,
+                    means=self.means,
                 ),
             )
-        return self.judged(Candidate("int8-static", path, label + self.suffix, self.activations, dict(keep_float)))
+        made = Candidate("int8-static", path, label + self.suffix, self.activations, dict(keep_float), notes=notes)
+        return self.judged(made)
 
-    def dynamic(self, keep_float: Mapping[str, str]) -> Candidate:
+    def dynamic(self, keep_float: Mapping[str, str], label: str = "int8-dynamic") -> Candidate:
         """INT8 by the range of each call."""
-        path = self._path("int8-dynamic")
+        path = self._path(label)
         quantize_dynamic(self.model, path, keep_float=frozenset(keep_float), narrow_weights=self.narrow_weights)
-        return self.judged(Candidate("int8-dynamic", path, f"int8-dynamic{self.suffix}", "u8", dict(keep_float)))
+        return self.judged(Candidate("int8-dynamic", path, label + self.suffix, "u8", dict(keep_float)))
 
-    def other(self, scheme: Scheme, keep_float: Mapping[str, str]) -> Candidate:
-        """The schemes that leave nothing to decide: FP16, FP8, weights alone."""
-        path = self.written(scheme, keep_float)
-        return self.judged(Candidate(scheme, path, scheme, float_nodes=dict(keep_float)))
+    def other(self, scheme: Scheme, keep_float: Mapping[str, str], label: str | None = None) -> Candidate:
+        """The schemes without ranges to choose: FP16, FP8, weights alone."""
+        name = label or scheme
+        path, notes = self._written(scheme, keep_float, name)
+        return self.judged(Candidate(scheme, path, name + self.suffix, float_nodes=dict(keep_float), notes=notes))
 
     def written(self, scheme: Scheme, keep_float: Mapping[str, str] | None = None) -> Path:
         """The file of such a scheme, not judged: ONNX Runtime on a CPU may not run it."""
-        path, kept = self._path(scheme), frozenset(keep_float or {})
-        if scheme == "fp16":
-            to_half(self.model, path, keep_float=kept)
-        elif scheme == "fp8":
-            ranges = self._ranges_of(fp8_tensors(self.model), ("minmax",))["minmax"]
-            self._halved(path, lambda out: quantize_fp8(self.model, out, ranges, keep_float=kept))
-        else:
-            quantize_weights(self.model, path, bits=8 if scheme == "int8-weights" else 4, keep_float=kept)
-        return path
+        return self._written(scheme, keep_float or {}, scheme)[0]
 
-    def _halved(self, path: Path, write: Callable[[Path], None]) -> None:
-        """What is not quantized in FP16: a GPU computes it faster, and Turing no other way."""
+    def _written(self, scheme: Scheme, keep_float: Mapping[str, str], label: str) -> tuple[Path, tuple[str, ...]]:
+        """The file, and notes."""
+        path, kept = self._path(label), frozenset(keep_float)
+        if scheme == "fp16":
+            return path, self._to_half(self.model, path, kept)
+        if scheme == "fp8":
+            return path, self._halved(path, lambda out: quantize_fp8(self.model, out, self.fp8_ranges, keep_float=kept))
+        quantize_weights(self.model, path, bits=8 if scheme == "int8-weights" else 4, keep_float=kept)
+        return path, ()
+
+    @functools.cached_property
+    def fp8_ranges(self) -> Mapping[str, Range]:
+        """Of every value that FP8 asks for: the whole range, since FP8's steps are relative."""
+        return self._ranges_of(fp8_tensors(self.model), ("minmax",))["minmax"]
+
+    def _halved(self, path: Path, write: Callable[[Path], None]) -> tuple[str, ...]:
+        """What is not quantized in FP16: a GPU computes it faster, and Turing no other way. Returns notes."""
         grids = path.with_name("grids") / MODEL_FILE
         grids.parent.mkdir(exist_ok=True)
         write(grids)
-        to_half(grids, path)
+        notes = self._to_half(grids, path, frozenset())
         shutil.rmtree(grids.parent)
+        return notes
+
+    def _to_half(self, model: Path, path: Path, kept: frozenset[str]) -> tuple[str, ...]:
+        """In FP16 but for what is kept and what overflows there. Returns notes."""
+        large = self.too_large
+        both = kept | nodes_that_touch(model, large.keys())
+        notes = to_half(model, path, keep_float=both)
+        if not large:
+            return notes
+        worst = max(large, key=lambda name: large[name])
+        told = f"{len(both - kept)} nodes stay in FP32: {worst!r} reaches {large[worst]:.3g}, FP16 ends at 65504"
+        return (*notes, told)
+
+    @functools.cached_property
+    def means(self) -> Mapping[str, NDArray[np.float64]]:
+        """Of what convolutions read, to take back by biases what rounding their weights shifts."""
+        self.progress("means", 0, 1, "")
+        return channel_means(self.model, self.samples.calibration, threads=self.threads)
+
+    @functools.cached_property
+    def too_large(self) -> Mapping[str, float]:
+        """Values that FP16 cannot hold, by what calibration shows."""
+        self.progress("overflow", 0, 1, "")
+        return too_large_for_half(self.model, self.samples.calibration[:_OVERFLOW_INPUTS], threads=self.threads)
 
     def judged(self, candidate: Candidate) -> Candidate:
-        """With its accuracy and coverage."""
+        """With its accuracy and coverage, or with its failure if it cannot be loaded or gives other shapes."""
         self.progress("judge", 0, 1, candidate.label)
-        found = compare_outputs(
-            self.reference,
-            candidate.path,
-            self.samples.judged,
-            task=self.task,
-            classes=self.classes,
-            threads=self.threads,
+        try:
+            found = compare_outputs(
+                self.reference,
+                candidate.path,
+                self.samples.judged,
+                task=self.task,
+                classes=self.classes,
+                threads=self.threads,
+                metric=self.metric,
+                derived=self._derived(),
+            )
+            covered = self._coverage(candidate)
+        except CandidateError as error:
+            return dataclasses.replace(candidate, failure=error.cause)
+        return dataclasses.replace(
+            candidate,
+            quality=found.quality(self.samples.source),
+            coverage=covered,
+            kept_share=self.share(candidate.float_nodes.keys()),
         )
-        quality = found.quality(self.samples.source)
-        return dataclasses.replace(candidate, quality=quality, coverage=self._coverage(candidate))
+
+    def _derived(self) -> dict[str, Derived]:
+        """What is compared beside the outputs: the vectors of whole texts."""
+        embedding = self.embedding
+        if embedding is None:
+            return {}
+        return {SENTENCE: lambda inputs, outputs: sentence_vectors(inputs, outputs, embedding)}
+
+    def share(self, names: Set[str]) -> float:
+        """Of these nodes in the multiply-adds of all that could be quantized, 0 to 1."""
+        if not names:
+            return 0.0
+        work = {site.name: site.macs or site.weights for site in quantizable(self.model)}
+        return sum(amount for name, amount in work.items() if name in names) / max(sum(work.values()), 1)
 
     def _coverage(self, candidate: Candidate) -> Coverage:
         if self.backend != "onnxruntime-cpu":
@@ -198,7 +317,11 @@ class Workbench:
         executed = candidate.path.with_name("executed") / MODEL_FILE
         executed.parent.mkdir()
         signed = candidate.activations == "s8"
-        write_executed(candidate.path, executed, dims=self.dims, disabled_optimizers=DISABLED_OPTIMIZERS, signed=signed)
+        optimizers = DISABLED_OPTIMIZERS
+        try:
+            write_executed(candidate.path, executed, dims=self.dims, disabled_optimizers=optimizers, signed=signed)
+        except ConversionError as error:  # with the usual sizes given it may refuse what it has just run without them
+            raise CandidateError(error.cause, error.remedy) from error
         found = coverage(candidate.path, executed=executed, dims=self.dims)
         shutil.rmtree(executed.parent)
         return found

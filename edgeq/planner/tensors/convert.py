@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -24,33 +24,43 @@ from edgeq.bundle import (
     write_manifest,
 )
 from edgeq.converters.onnx.export.embedding import bundle_files
-from edgeq.converters.onnx.layers import compare_layers
 from edgeq.converters.source import weights_sha256
+from edgeq.errors import UsageError
 from edgeq.planner.output import settled_output
-from edgeq.planner.tensors.candidates import MODEL_FILE, Candidate, Workbench
-from edgeq.planner.tensors.decide import Decision
+from edgeq.planner.tensors.device_graph import DeviceGraph, variant_of, write_device_graph
 from edgeq.planner.tensors.job import TensorJob
-from edgeq.planner.tensors.plan import make_plan
-from edgeq.planner.tensors.prepare import Prepared, decision_of, prepare
-from edgeq.planner.tensors.verify import verify_bundle
+from edgeq.planner.tensors.prepare import Prepared, decision_of, prepare, prepare_other
+from edgeq.profiles.loader import load_profile
+from edgeq.runtime.tensorrt.samples import SAMPLES_FILE, SAMPLES_ROLE, write_samples
 from edgeq.staging import publish, staging_folder
-from edgeq.tensor_types import TensorManifest
-from edgeq.types import BundleFile, Target, to_json
+from edgeq.tensor_types import TensorManifest, TensorVariant
+from edgeq.types import BundleFile, Target
 
 __all__ = ["convert_tensor"]
 
 Progress = Callable[[str, int, int, str], None]
 
-LAYERS_FILE = "layers.json"
-_LAYER_INPUTS = 1  # all activations of a call are held at once
+DEVICES = "devices"
+_CHECKS_NOTHING = "onnxruntime-cpu"  # every other backend is compared with the CPU before it first serves
 
 
 def _silent(stage: str, done: int, total: int, detail: str) -> None:
     """A progress callback for those who want none."""
 
 
-def convert_tensor(job: TensorJob, out: Path, *, force: bool = False, progress: Progress = _silent) -> Bundle:
+def convert_tensor(job: TensorJob, out: str | Path, *, force: bool = False, progress: Progress = _silent) -> Bundle:
     """Make a bundle of a model that is called with arrays.
+
+    ::
+
+        job = edgeq.TensorJob(
+            model="./resnet-50",
+            target="jetson-orin",
+            shapes={"pixel_values": (1, 3, 224, 224)},
+            calibration=edgeq.Calibration(inputs=Path("photos")),
+        )
+        bundle = edgeq.convert_tensor(job, "camera.edgeq")
+        print(bundle.tensor.plan.scheme, bundle.tensor.quality)
 
     Args:
         job: what to convert, and for what.
@@ -61,74 +71,85 @@ def convert_tensor(job: TensorJob, out: Path, *, force: bool = False, progress: 
     Raises:
         EdgeqError: anything that `edgeq.errors` names; nothing is left behind.
     """
+    out = Path(out)
     target = settled_output(out, force=force)
+    _refuse_twice(job)
     with staging_folder(target) as work:
         prepared = prepare(job, work, progress)
-        decision = decision_of(job, prepared)
         folder = work / "bundle"
-        folder.mkdir()
-        _write_layers(prepared.bench, decision.chosen, folder, progress)
-        manifest = _write(prepared, decision, folder, target.name, progress)
+        made = write_device_graph(prepared, decision_of(job, prepared), folder, folder, progress)
+        others = _others(job, prepared, folder, work, progress)
+        manifest = _manifest(prepared, made, others, folder, target.name, progress)
         write_manifest(folder, manifest)
         open_bundle(folder, verify=True)
-        verify_bundle(folder, prepared.bench.reference, prepared.samples, progress)
         publish(folder, target, force=force, marker=MANIFEST, check=refuse_strangers)
     return Bundle(out, manifest)
 
 
-def _write(prepared: Prepared, decision: Decision, folder: Path, name: str, progress: Progress) -> TensorManifest:
-    """Copy the artifact and what comes before and after it; describe them."""
-    chosen = decision.chosen
-    files = _copy(chosen.path, folder)
-    if prepared.source.format == "hf":
-        source = Path(prepared.source.path)
-        for role, path in bundle_files(source, prepared.exported.artifact.task).items():
-            place = path.relative_to(source)  # sentence-transformers has config.json twice
-            (folder / place).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / place)
-            files.append(describe_file(folder, place.as_posix(), role))
-    if (folder / LAYERS_FILE).exists():
-        files.append(describe_file(folder, LAYERS_FILE, "layers"))
-    sha256 = weights_sha256(prepared.source, lambda d, t, n: progress("hash source", d, t, n))
-    artifact = prepared.exported.artifact
+def _others(job: TensorJob, first: Prepared, folder: Path, work: Path, progress: Progress) -> tuple[TensorVariant, ...]:
+    """The same model for the other devices, each in a folder of its own."""
+    found: list[TensorVariant] = []
+    for device in job.also_for:
+        name = load_profile(device).name
+        place = work / f"for-{name}"
+        place.mkdir()
+        prepared = prepare_other(job, first, device, place, progress)
+        made = write_device_graph(prepared, decision_of(job, prepared), folder, folder / DEVICES / name, progress)
+        found.append(variant_of(prepared, made))
+    return tuple(found)
+
+
+def _refuse_twice(job: TensorJob) -> None:
+    names = [load_profile(device).name for device in (job.target, *job.also_for)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UsageError(f"The bundle is made for {name} already", "Name other devices with --also-for")
+
+
+def _manifest(
+    prepared: Prepared,
+    made: DeviceGraph,
+    others: tuple[TensorVariant, ...],
+    folder: Path,
+    name: str,
+    progress: Progress,
+) -> TensorManifest:
+    """Copy what comes before and after the model, and describe everything."""
+    files = [*made.files, *_settings(prepared, folder)]
+    if any(plan.backend != _CHECKS_NOTHING for plan in (made.plan, *(other.plan for other in others))):
+        write_samples(folder / SAMPLES_FILE, prepared.samples.judged)
+        files.append(describe_file(folder, SAMPLES_FILE, SAMPLES_ROLE))
+    source = prepared.source
+    if source.weights_sha256 is None:
+        sha256 = weights_sha256(source, lambda d, t, n: progress("hash source", d, t, n))
+        source = msgspec.structs.replace(source, weights_sha256=sha256)
     return TensorManifest(
         schema_version=SCHEMA_VERSION,
         name=name,
-        source=msgspec.structs.replace(prepared.source, weights_sha256=sha256),
-        artifact=artifact,
-        plan=make_plan(prepared, decision, folder / MODEL_FILE),
+        source=source,
+        artifact=prepared.exported.artifact,
+        plan=made.plan,
         files=tuple(files),
-        coverage=chosen.coverage,
-        quality=chosen.quality,
+        coverage=made.coverage,
+        quality=made.quality,
         budget=prepared.budget,
         built_for=prepared.profile.name,
         target=Target(arch=prepared.profile.arch, accelerator=prepared.profile.accelerator),
+        others=others,
         tools=_tools(),
         created_utc=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _write_layers(bench: Workbench, chosen: Candidate, folder: Path, progress: Progress) -> None:
-    """Where the error enters, layer by layer; nothing where there is none."""
-    if chosen.quality is None:
+def _settings(prepared: Prepared, folder: Path) -> Iterator[BundleFile]:
+    """Files of what comes before and after the model; an ONNX file has none of its own."""
+    if prepared.beside is None or prepared.source.format == "onnx":
         return
-    found = compare_layers(
-        bench.reference,
-        chosen.path,
-        bench.samples.judged[:_LAYER_INPUTS],
-        threads=bench.threads,
-        progress=lambda done, total, what: progress("compare layers", done, total, what),
-    )
-    (folder / LAYERS_FILE).write_bytes(to_json(found))
-
-
-def _copy(model: Path, folder: Path) -> list[BundleFile]:
-    """The model and its external data, all files of its folder."""
-    files = []
-    for path in sorted(model.parent.iterdir()):
-        shutil.copyfile(path, folder / path.name)
-        files.append(describe_file(folder, path.name, "model" if path.name == MODEL_FILE else "data"))
-    return files
+    for role, path in bundle_files(prepared.beside, prepared.exported.artifact.task).items():
+        place = path.relative_to(prepared.beside)  # sentence-transformers has config.json twice
+        (folder / place).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / place)
+        yield describe_file(folder, place.as_posix(), role)
 
 
 def _tools() -> dict[str, str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from edgeq.planner.knapsack import Item, Limits, Option
 from edgeq.planner.solver import solve
 
-__all__ = ["NodeCost", "choose_float_nodes", "error_of_cosine"]
+__all__ = ["NodeCost", "choose_float_nodes", "cosine_of_error", "error_of_cosine"]
+
+
+_LOST = 1e6  # an error that leaves nothing of the outputs, if they are numbers at all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +41,19 @@ def error_of_cosine(cosine: float) -> float:
     return 1.0 / cosine**2 - 1.0
 
 
+def cosine_of_error(error: float) -> float:
+    """The cosine that an independent error of that relative squared size leaves."""
+    return 1.0 / math.sqrt(1.0 + error)
+
+
 def choose_float_nodes(
-    costs: Sequence[NodeCost], *, max_error: float, fixed: Mapping[str, str] | None = None
+    costs: Sequence[NodeCost], *, max_error: float | None, fixed: Mapping[str, str] | None = None
 ) -> set[str]:
     """The nodes to leave in floats, so that the model is as fast as it can be within an error.
 
     Args:
         costs: of every node.
-        max_error: of the sum of single errors.
+        max_error: of the sum of single errors; None for the fastest choice of all.
         fixed: node to ``"fp32"`` or ``"int8"`` where the user has decided.
 
     Raises:
@@ -58,8 +67,9 @@ def choose_float_nodes(
 
 
 def _item(cost: NodeCost, fixed: str | None) -> Item:
+    error = min(cost.error, _LOST)
     options = (
-        Option("int8", cost.int8_bytes, cost.int8_bytes, 1e3 * cost.int8_us, cost.error),
+        Option("int8", cost.int8_bytes, cost.int8_bytes, 1e3 * cost.int8_us, error),
         Option("fp32", cost.float_bytes, cost.float_bytes, 1e3 * cost.float_us, 0.0),
     )
     return Item(cost.name, tuple(option for option in options if fixed in (None, option.type)))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeq.errors import BudgetError
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS
 from edgeq.planner.tensors.decide import Decision
-from edgeq.planner.tensors.predict import predict
+from edgeq.planner.tensors.memory_budget import memory_error
+from edgeq.planner.tensors.options import predicted_of
 from edgeq.planner.tensors.prepare import Prepared, needs_narrow_weights
 from edgeq.tensor_types import TensorPlan
-from edgeq.units import format_bytes
 
 __all__ = ["make_plan"]
 
@@ -24,21 +22,18 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
         model: its ONNX file.
 
     Raises:
-        BudgetError: it takes more memory than the budget has.
+        BudgetError: it takes more memory than the budget has, with what would fit.
     """
     chosen = decision.chosen
     on_cpu = prepared.backend.name == "onnxruntime-cpu"
     speedup = None
     if decision.timing is not None and decision.float_timing is not None:
         speedup = 1 / decision.timing.slowness
-    predicted, unknown = predict(model, prepared.profile, prepared.backend, prepared.axes)
+    predicted, unknown = predicted_of(prepared, model, prepared.axes)
     limit = prepared.budget.peak_memory_bytes
     if limit is not None and predicted.peak_memory_bytes > limit:
-        raise BudgetError(
-            f"{chosen.label} takes {format_bytes(predicted.peak_memory_bytes)} at its peak, the limit is "
-            f"{format_bytes(limit)}",
-            "Raise --max-memory, choose a smaller --precision, or fix smaller sizes with --shape",
-        )
+        rejected = [entry.option for entry in decision.rejected]
+        raise memory_error(prepared, chosen.scheme, model, chosen.label, rejected, prepared.bench.folder / "counted")
     return TensorPlan(
         backend=prepared.backend.name,
         scheme=chosen.scheme,
@@ -46,16 +41,16 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
         float_nodes=dict(chosen.float_nodes),
         axes=dict(prepared.axes),
         threads=prepared.bench.threads,
-        disabled_optimizers=DISABLED_OPTIMIZERS if on_cpu else (),
+        disabled_optimizers=chosen.disabled_optimizers if on_cpu else (),
         predicted=predicted,
         speedup=speedup,
         rejected=decision.rejected,
         notes=(
+            *decision.notes,
             *prepared.exported.notes,
             *prepared.samples.notes,
             *_narrow_note(prepared, decision),
             *unknown,
-            *decision.notes,
         ),
     )
 
@@ -63,4 +58,4 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
 def _narrow_note(prepared: Prepared, decision: Decision) -> tuple[str, ...]:
     if decision.chosen.activations is None or not needs_narrow_weights(prepared.profile, prepared.backend):
         return ()
-    return (f"weights have 7 bits: {prepared.profile.name} names no VNNI, without which sums of bytes overflow",)
+    return (f"weights have fewer steps: {prepared.profile.name} names no VNNI, without which sums of bytes overflow",)

@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from edgeq.converters.onnx.graph import read_onnx
 from edgeq.errors import UnsupportedModelError
 from edgeq.profiles.device import Backend, DeviceProfile
-from edgeq.profiles.onnx.cost import OnnxFigures, predict_onnx
+from edgeq.profiles.onnx.cost import OnnxFigures, OnnxShape, predict_onnx, predict_onnx_memory
+from edgeq.profiles.onnx.datasheet import least_ms, predict_gpu_memory, process_bytes
 from edgeq.tensor_types import AxisRange, TensorPrediction
 
 __all__ = ["predict"]
 
+Read = Callable[[Mapping[str, int]], OnnxShape]
+
 
 def predict(
-    model: Path, profile: DeviceProfile, backend: Backend, axes: Mapping[str, AxisRange]
+    model: Path,
+    profile: DeviceProfile,
+    backend: Backend,
+    axes: Mapping[str, AxisRange],
+    *,
+    disabled_optimizers: Collection[str] = (),
 ) -> tuple[TensorPrediction, tuple[str, ...]]:
-    """Memory at the largest sizes and latency at the usual ones, and what of it could not be predicted.
+    """Memory at the largest sizes and latency at the usual ones, and what of it is only a bound or an allowance.
 
-    Where no probe has measured ONNX Runtime on the device, bytes are those of file and weights, and of the profile's
-    allowance for the process; there is no latency then.
+    Where a probe has measured ONNX Runtime on the device its figures are taken. Elsewhere weights and activations
+    follow from the graph, the process is the profile's allowance, and latency is the least that the datasheet allows.
 
     Args:
         model: the ONNX file.
         profile: the device.
         backend: of the bundle.
         axes: sizes of dynamic axes.
+        disabled_optimizers: of ONNX Runtime, as the session will have them.
     """
+
+    @functools.cache
+    def read_sizes(sizes: frozenset[tuple[str, int]]) -> OnnxShape:
+        return read_onnx(model, dict(sizes), disabled_optimizers=disabled_optimizers, on_gpu=backend.on_gpu)
+
+    def read(sizes: Mapping[str, int]) -> OnnxShape:
+        return read_sizes(frozenset(sizes.items()))
+
     figures = None if profile.measured is None or backend.on_gpu else profile.measured.onnx
-    why = f"ONNX Runtime was not probed on {profile.name}"
-    if figures is not None:
-        try:
-            return _from_probe(model, figures, axes), ()
-        except UnsupportedModelError as error:
-            why = error.cause
-    file_bytes = sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*"))
-    runtime = backend.runtime_bytes or 0
-    plain = TensorPrediction(
-        file_bytes=file_bytes,
-        weights_bytes=file_bytes,
-        activation_bytes=0,
-        runtime_bytes=runtime,
-        peak_memory_bytes=file_bytes + runtime,
-    )
-    return plain, (f"peak memory leaves activations out, and latency is not predicted: {why}",)
+    try:
+        if figures is not None:
+            return _from_probe(read, figures, axes), ()
+        return _from_datasheet(read, profile, backend, axes)
+    except UnsupportedModelError as error:
+        return _from_file(model, profile, backend, error.cause)
 
 
-def _from_probe(model: Path, figures: OnnxFigures, axes: Mapping[str, AxisRange]) -> TensorPrediction:
+def _largest(read: Read, axes: Mapping[str, AxisRange]) -> OnnxShape:
+    return read({name: sizes.most for name, sizes in axes.items()})
+
+
+def _usual(read: Read, axes: Mapping[str, AxisRange]) -> OnnxShape:
+    return read({name: sizes.usual for name, sizes in axes.items()})
+
+
+def _from_probe(read: Read, figures: OnnxFigures, axes: Mapping[str, AxisRange]) -> TensorPrediction:
     """Raises UnsupportedModelError for an operator that the cost model does not know."""
-    largest = predict_onnx(read_onnx(model, {name: sizes.most for name, sizes in axes.items()}), figures)
-    usual = predict_onnx(read_onnx(model, {name: sizes.usual for name, sizes in axes.items()}), figures)
+    largest = predict_onnx(_largest(read, axes), figures)
+    usual = predict_onnx(_usual(read, axes), figures)
     return TensorPrediction(
         file_bytes=largest.file_bytes,
         weights_bytes=largest.weights_bytes,
@@ -59,3 +75,62 @@ def _from_probe(model: Path, figures: OnnxFigures, axes: Mapping[str, AxisRange]
         peak_memory_bytes=largest.peak_memory_bytes,
         latency_ms=usual.latency_ms,
     )
+
+
+def _from_datasheet(
+    read: Read, profile: DeviceProfile, backend: Backend, axes: Mapping[str, AxisRange]
+) -> tuple[TensorPrediction, tuple[str, ...]]:
+    """Raises UnsupportedModelError as `_from_probe` does."""
+    shape = _largest(read, axes)
+    process = process_bytes(profile, backend)
+    beside = process or 0
+    if backend.on_gpu:
+        on_gpu = predict_gpu_memory(shape, unified=profile.memory.unified)
+        weights, activations = on_gpu.weights_bytes, on_gpu.activation_bytes
+        peak = beside + max(on_gpu.load_peak_bytes, weights + activations)
+    else:
+        on_cpu = predict_onnx_memory(shape, loaded_bytes=beside, runtime_bytes=beside)
+        weights, activations = on_cpu.weights_bytes, on_cpu.activation_bytes
+        peak = max(on_cpu.load_peak_bytes, on_cpu.serve_peak_bytes)
+    latency = least_ms(_usual(read, axes), profile, backend)
+    predicted = TensorPrediction(
+        file_bytes=shape.file_bytes,
+        weights_bytes=weights,
+        activation_bytes=activations,
+        runtime_bytes=beside,
+        peak_memory_bytes=peak,
+        latency_ms=latency,
+    )
+    return predicted, tuple(_datasheet_notes(profile, backend, process, latency))
+
+
+def _datasheet_notes(profile: DeviceProfile, backend: Backend, process: int | None, latency: float | None) -> list[str]:
+    notes = []
+    if process is None:
+        notes.append(f"peak memory leaves the process out: {profile.name} has no runtime_bytes for {backend.name}")
+    elif backend.on_gpu:
+        notes.append("peak memory is from datasheet figures: TensorRT's workspace comes on top, the budget bounds it")
+    if latency is None:
+        notes.append(f"latency is not predicted: {profile.name} has no clock and was not probed for {backend.name}")
+    else:
+        notes.append(
+            "latency is from datasheet figures, the least that products and convolutions can take: edgeq devices probe "
+            "or edgeq bench on the device tells what they do"
+        )
+    return notes
+
+
+def _from_file(
+    model: Path, profile: DeviceProfile, backend: Backend, why: str
+) -> tuple[TensorPrediction, tuple[str, ...]]:
+    """Of a graph that cannot be counted: its file, and the process."""
+    file_bytes = sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*"))
+    runtime = process_bytes(profile, backend) or 0
+    plain = TensorPrediction(
+        file_bytes=file_bytes,
+        weights_bytes=file_bytes,
+        activation_bytes=0,
+        runtime_bytes=runtime,
+        peak_memory_bytes=file_bytes + runtime,
+    )
+    return plain, (f"peak memory leaves activations out, and latency is not predicted: {why}",)

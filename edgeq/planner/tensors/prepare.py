@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from edgeq.converters.onnx.export.adopt import adopt_onnx
+from edgeq.converters.onnx.checks import refuse_for_backend
+from edgeq.converters.onnx.export.adopt import adopt_onnx, check_adopted
 from edgeq.converters.onnx.export.export import Exported, export_model
+from edgeq.converters.onnx.export.module_source import ModuleSource, describe_module, export_source
 from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.source import resolve
 from edgeq.errors import UsageError
+from edgeq.inputs.arrays import refuse_constant
 from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
 from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
 from edgeq.planner.tensors.job import TensorJob
@@ -20,10 +23,11 @@ from edgeq.planner.tensors.samples import Samples, gather_samples
 from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
 from edgeq.profiles.loader import load_profile
+from edgeq.profiles.onnx.opsets import newest_opset
 from edgeq.tensor_types import AxisRange, Scheme, TensorArtifact
 from edgeq.types import Budget, ModelSource, merge_budgets
 
-__all__ = ["Prepared", "decision_of", "needs_narrow_weights", "prepare"]
+__all__ = ["Prepared", "decision_of", "kept_nodes", "needs_narrow_weights", "prepare", "prepare_other"]
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -31,6 +35,7 @@ Progress = Callable[[str, int, int, str], None]
 _DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "avx_vnni_int8"})
 # Of axes that nobody fixed: what a call may have, and what it usually has.
 _AXES = {"batch": AxisRange(least=1, usual=1, most=16), "sequence": AxisRange(least=1, usual=128, most=512)}
+_CHECKED_INPUTS = 4  # real ones, that a file from elsewhere is compared with itself on
 _OTHER_AXIS = AxisRange(least=1, usual=1, most=1024)
 
 
@@ -48,6 +53,7 @@ class Prepared:
         axes: sizes of dynamic axes.
         samples: to calibrate with and to judge on.
         bench: where candidates are made.
+        beside: folder with what comes before and after the model; None if there is none.
     """
 
     source: ModelSource
@@ -59,6 +65,7 @@ class Prepared:
     axes: Mapping[str, AxisRange]
     samples: Samples
     bench: Workbench
+    beside: Path | None = None
 
 
 def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
@@ -76,38 +83,97 @@ def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
     profile = profile if job.power_mode is None else power_mode_of(profile, job.power_mode)
     backend = choose_backend(profile, job.backend)
     schemes = schemes_for(profile, backend, job.precision)
-    source = resolve(job.model, revision=job.revision, progress=lambda d, t, n: progress("download", d, t, n))
+    _refuse_contradictions(job)
+    source = _source(job, progress)
     exported = _exported(job, source, work, progress)
     axes = _axes(exported.artifact)
-    samples = gather_samples(exported.artifact, _folder(source), axes, job.calibration)
+    beside = _beside(job.model, source)
+    samples = gather_samples(exported.artifact, beside, axes, job.calibration)
+    refuse_constant(samples.calibration, exported.artifact.inputs)
+    if source.format == "onnx" and job.calibration.inputs is not None:
+        exported = check_adopted(Path(source.path), exported, samples.judged[:_CHECKED_INPUTS])
     bench = _workbench(job, profile, backend, exported, samples, work, progress)
     budget = merge_budgets(profile.budgets.perception, job.budget)
-    return Prepared(source, profile, backend, budget, schemes, exported, axes, samples, bench)
+    return Prepared(source, profile, backend, budget, schemes, exported, axes, samples, bench, beside)
+
+
+def prepare_other(job: TensorJob, first: Prepared, device: str, work: Path, progress: Progress) -> Prepared:
+    """The same model for another device, with the same float model and inputs.
+
+    Args:
+        job: what to convert.
+        first: for the job's own target.
+        device: a profile's name or file.
+        work: an empty folder.
+        progress: as `prepare`.
+
+    Raises:
+        EdgeqError: as `prepare`.
+    """
+    profile = load_profile(device)
+    backend = choose_backend(profile, None)
+    schemes = schemes_for(profile, backend, job.precision)
+    bench = _workbench(job, profile, backend, first.exported, first.samples, work, progress)
+    return dataclasses.replace(
+        first,
+        profile=profile,
+        backend=backend,
+        budget=merge_budgets(profile.budgets.perception, job.budget),
+        schemes=schemes,
+        bench=bench,
+    )
+
+
+def _refuse_contradictions(job: TensorJob) -> None:
+    if job.gate.max_metric_drop is not None and job.gate.metric is None:
+        raise UsageError("A drop of the metric is limited, and there is no metric", "Give Gate(metric=function)")
+    if isinstance(job.model, ModuleSource) and (job.shapes or job.task is not None or job.revision is not None):
+        raise UsageError(
+            "shapes, task and revision are for models in files, and this is a module",
+            "Give ModuleSource its example inputs, dynamic axes and task",
+        )
+
+
+def _source(job: TensorJob, progress: Progress) -> ModelSource:
+    if isinstance(job.model, ModuleSource):
+        return describe_module(job.model)
+    return resolve(job.model, revision=job.revision, progress=lambda d, t, n: progress("download", d, t, n))
 
 
 def decision_of(job: TensorJob, prepared: Prepared) -> Decision:
-    """The fastest way that passes the job's gate."""
+    """The fastest way that passes the job's gate.
+
+    Only a limit of latency that the job itself gives is a goal: a profile's says what cameras usually need.
+    """
+    profile = prepared.profile
     return decide(
         prepared.bench,
         prepared.schemes,
         job.gate,
-        _kept(job, prepared.bench),
+        kept_nodes(job, prepared.bench),
         method=None if job.calibration.method == "auto" else job.calibration.method,
-        timed=is_like_this_machine(prepared.profile, prepared.backend),
+        timed=is_like_this_machine(profile, prepared.backend),
         asked=job.precision != "auto",
+        max_latency_ms=job.budget.latency_ms,
+        figures=None if profile.measured is None or prepared.backend.on_gpu else profile.measured.onnx,
     )
 
 
 def _exported(job: TensorJob, source: ModelSource, work: Path, progress: Progress) -> Exported:
     folder = work / "float"
     folder.mkdir()
+    if isinstance(job.model, ModuleSource):
+        return export_source(
+            job.model, folder / MODEL_FILE, lambda done, total, what: progress("export", done, total, what)
+        )
     if source.format == "onnx":
         if job.shapes or job.task is not None:
             raise UsageError(
                 "--shape and --task are for models that are exported, and this is an ONNX file",
                 "Leave them out, or give the Hugging Face folder",
             )
-        return adopt_onnx(Path(source.path), folder / MODEL_FILE)
+        newest = [opset for opset in _newest_opsets(job) if opset is not None]
+        return adopt_onnx(Path(source.path), folder / MODEL_FILE, newest_opset=min(newest, default=None))
     return export_model(
         Path(source.path),
         folder / MODEL_FILE,
@@ -117,8 +183,17 @@ def _exported(job: TensorJob, source: ModelSource, work: Path, progress: Progres
     )
 
 
-def _folder(source: ModelSource) -> Path:
+def _newest_opsets(job: TensorJob) -> Iterator[int | None]:
+    """That each device takes: they share one float model."""
+    for device, backend in ((job.target, job.backend), *((device, None) for device in job.also_for)):
+        profile = load_profile(device)
+        yield newest_opset(profile, choose_backend(profile, backend).name)
+
+
+def _beside(model: str | ModuleSource, source: ModelSource) -> Path | None:
     """Where the files lie that say what comes before and after the model."""
+    if isinstance(model, ModuleSource):
+        return model.preprocessing
     path = Path(source.path)
     return path.parent if source.format == "onnx" else path
 
@@ -147,6 +222,7 @@ def _workbench(
     clean.mkdir()
     progress("clean", 0, 1, backend.name)
     clean_for(exported.path, clean / MODEL_FILE, backend.name)
+    refuse_for_backend(clean / MODEL_FILE, backend.name)
     return Workbench(
         reference=clean / MODEL_FILE,
         model=clean / MODEL_FILE,
@@ -161,6 +237,9 @@ def _workbench(
         threads=job.threads or min(profile.threads or default_threads(), default_threads()),
         progress=progress,
         narrow_weights=needs_narrow_weights(profile, backend),
+        exported=exported.path,
+        metric=job.gate.metric,
+        embedding=exported.artifact.embedding,
     )
 
 
@@ -169,7 +248,7 @@ def needs_narrow_weights(profile: DeviceProfile, backend: Backend) -> bool:
     return not backend.on_gpu and profile.arch == "x86_64" and not _DOT_PRODUCTS & set(profile.cpu.features)
 
 
-def _kept(job: TensorJob, bench: Workbench) -> dict[str, str]:
+def kept_nodes(job: TensorJob, bench: Workbench) -> dict[str, str]:
     """Nodes that the user wants in floats. A pattern that matches none is an error."""
     names = [site.name for site in quantizable(bench.model)]
     kept: dict[str, str] = {}

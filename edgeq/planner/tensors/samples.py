@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import UsageError
-from edgeq.inputs import random_inputs, read_inputs
-from edgeq.planner.tensors.job import Calibration
+from edgeq.inputs import check_arrays, random_inputs, read_inputs
+from edgeq.planner.tensors.job import Arrays, Calibration
 from edgeq.tensor_types import AxisRange, TensorArtifact
 
 __all__ = ["Samples", "gather_samples"]
@@ -38,13 +40,13 @@ class Samples:
 
 
 def gather_samples(
-    artifact: TensorArtifact, folder: Path, axes: Mapping[str, AxisRange], wanted: Calibration
+    artifact: TensorArtifact, folder: Path | None, axes: Mapping[str, AxisRange], wanted: Calibration
 ) -> Samples:
     """Read or draw inputs.
 
     Args:
         artifact: the model.
-        folder: with the model's files for what comes before it.
+        folder: with the model's files for what comes before it; None if there are none.
         axes: sizes of dynamic axes; the usual ones are drawn.
         wanted: where from, and how many.
 
@@ -54,23 +56,50 @@ def gather_samples(
     """
     if wanted.inputs is None:
         return _drawn(artifact, axes, wanted)
-    calibration = list(read_inputs(wanted.inputs, artifact, folder, wanted.samples + wanted.judged, axes=axes))
+    count = wanted.samples if wanted.held_out is not None else wanted.samples + wanted.judged
+    calibration = _given(wanted.inputs, artifact, folder, axes, count)
     if wanted.held_out is not None:
-        judged = list(read_inputs(wanted.held_out, artifact, folder, wanted.judged, axes=axes))
-        source = f"{wanted.held_out.name}, judged; {wanted.inputs.name}, calibrated"
+        judged = _given(wanted.held_out, artifact, folder, axes, wanted.judged)
+        source = f"{_name(wanted.held_out)}, judged; {_name(wanted.inputs)}, calibrated"
     else:
         # Every third one, so that both halves see all of a sorted folder.
         share = max(2, round(len(calibration) / max(1, min(wanted.judged, len(calibration) // 3))))
         judged = calibration[::share]
         calibration = [call for index, call in enumerate(calibration) if index % share]
-        source = f"{wanted.inputs.name}, of which {len(judged)} were held out"
+        source = f"{_name(wanted.inputs)}, of which {len(judged)} were held out"
     calibration = calibration[: wanted.samples]
     if min(len(calibration), len(judged)) < _FEWEST:
         raise UsageError(
-            f"{wanted.inputs} leaves {len(calibration)} inputs to calibrate and {len(judged)} to judge",
+            f"{_name(wanted.inputs)} leaves {len(calibration)} inputs to calibrate and {len(judged)} to judge",
             "Give at least 6, better 64",
         )
     return Samples(calibration, judged, source)
+
+
+def _given(
+    inputs: Path | Iterable[Arrays],
+    artifact: TensorArtifact,
+    folder: Path | None,
+    axes: Mapping[str, AxisRange],
+    count: int,
+) -> list[Call]:
+    """From files, or from calls in memory, of which the first ones count."""
+    if isinstance(inputs, (str, os.PathLike)):
+        return list(read_inputs(inputs, artifact, folder, count, axes=axes))
+    calls: list[Call] = []
+    for index, call in enumerate(itertools.islice(inputs, count)):
+        if not isinstance(call, Mapping):
+            raise UsageError(
+                f"call {index} is a {type(call).__name__}, not a mapping of inputs to arrays",
+                f"Give calls such as {{{artifact.inputs[0].name!r}: array}}",
+            )
+        check_arrays(call, artifact.inputs, axes, finite=True, source=f"call {index}")
+        calls.append(dict(call))
+    return calls
+
+
+def _name(inputs: Path | Iterable[Arrays]) -> str:
+    return Path(inputs).name if isinstance(inputs, (str, os.PathLike)) else "calls in memory"
 
 
 def _drawn(artifact: TensorArtifact, axes: Mapping[str, AxisRange], wanted: Calibration) -> Samples:

@@ -10,7 +10,14 @@ from edgeq.planner.tensors.job import Precision
 from edgeq.profiles.device import Backend, DeviceProfile
 from edgeq.tensor_types import Scheme
 
-__all__ = ["TENSOR_BACKENDS", "activations_of", "choose_backend", "schemes_for"]
+__all__ = [
+    "TENSOR_BACKENDS",
+    "activations_of",
+    "choose_backend",
+    "impossible_schemes",
+    "possible_schemes",
+    "schemes_for",
+]
 
 TENSOR_BACKENDS = ("onnxruntime-cpu", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 _BY_PRECISION: dict[Precision, tuple[Scheme, ...]] = {
@@ -73,10 +80,9 @@ def schemes_for(profile: DeviceProfile, backend: Backend, precision: Precision) 
     Raises:
         UsageError: the device cannot compute in that precision, with the reason.
     """
-    on_gpu = backend.on_gpu
-    able = [scheme for scheme in (_ON_TENSORRT if on_gpu else _ON_CPU) if _NEEDS[scheme] in _known(backend)]
+    able = possible_schemes(backend)
     if precision == "auto":
-        return tuple(scheme for scheme in _AUTO[on_gpu] if scheme in able)
+        return tuple(scheme for scheme in _AUTO[backend.on_gpu] if scheme in able)
     found: tuple[Scheme, ...] = tuple(scheme for scheme in _BY_PRECISION[precision] if scheme in able)
     if found:
         return found
@@ -84,6 +90,17 @@ def schemes_for(profile: DeviceProfile, backend: Backend, precision: Precision) 
         f"{profile.name} cannot run {precision} with {backend.name}: {_reason(profile, backend, precision)}",
         f"Choose one of auto, {', '.join(dict.fromkeys(scheme for scheme in able))}",
     )
+
+
+def impossible_schemes(profile: DeviceProfile, backend: Backend) -> dict[Scheme, str]:
+    """Schemes that the device cannot compute with a backend, with the reason."""
+    able = possible_schemes(backend)
+    return {scheme: _reason(profile, backend, scheme) for scheme in _NEEDS if scheme not in able}
+
+
+def possible_schemes(backend: Backend) -> list[Scheme]:
+    """Schemes that can be asked for with a backend."""
+    return [scheme for scheme in (_ON_TENSORRT if backend.on_gpu else _ON_CPU) if _NEEDS[scheme] in _known(backend)]
 
 
 def _known(backend: Backend) -> Sequence[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -21,17 +22,19 @@ from numpy.typing import NDArray
 
 from edgeq.errors import SessionError
 from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options, open_onnx_session
+from edgeq.stats import upper_bound
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Kernel", "Timing", "kernel_times", "time_in_turns"]
+__all__ = ["Call", "Kernel", "Timing", "kernel_times", "time_in_turns", "timing_of"]
 
 Call = Mapping[str, NDArray[np.generic]]
 
 _WARM_UP = 2
 _MOST_SECONDS = 20.0
 _FEWEST_ROUNDS = 5
+_CONFIDENCE = 0.95  # of a bound of the median ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Timing:
         ratio: median over the rounds of its time over the first model's.
         cpu_ratio: likewise of the processor time, which other programs disturb less.
         rounds: calls.
+        slowness_bound: with 95 % confidence neither median ratio is above it; infinite after fewer than five rounds.
     """
 
     ms: float
@@ -51,6 +55,7 @@ class Timing:
     ratio: float
     cpu_ratio: float
     rounds: int
+    slowness_bound: float = math.inf
 
     @property
     def slowness(self) -> float:
@@ -93,22 +98,43 @@ def time_in_turns(
     start = time.monotonic()
     for turn in range(rounds):
         feeds = dict(calls[turn % len(calls)])
-        for index, session in enumerate(sessions):
+        # Whoever comes first in a round finds other caches: every second round goes backwards.
+        order = range(len(sessions)) if turn % 2 == 0 else range(len(sessions) - 1, -1, -1)
+        for index in order:
             wall, cpu = time.perf_counter(), time.process_time()
-            session.run(None, feeds)
+            sessions[index].run(None, feeds)
             walls[index].append(1e3 * (time.perf_counter() - wall))
             busy[index].append(1e3 * (time.process_time() - cpu))
         if turn + 1 >= _FEWEST_ROUNDS and time.monotonic() - start > most_seconds:
             break
     return tuple(
-        Timing(
-            ms=statistics.median(wall),
-            cpu_ms=statistics.median(cpu),
-            ratio=statistics.median(a / b for a, b in zip(wall, walls[0], strict=True)),
-            cpu_ratio=statistics.median(a / b for a, b in zip(cpu, busy[0], strict=True)),
-            rounds=len(wall),
-        )
-        for wall, cpu in zip(walls, busy, strict=True)
+        timing_of(wall, cpu, first_ms=walls[0], first_cpu_ms=busy[0]) for wall, cpu in zip(walls, busy, strict=True)
+    )
+
+
+def timing_of(
+    ms: Sequence[float], cpu_ms: Sequence[float], *, first_ms: Sequence[float], first_cpu_ms: Sequence[float]
+) -> Timing:
+    """One model's calls, compared with the first model's in the same rounds.
+
+    The bound is an order statistic of the ratios, as `edgeq.stats` describes: it takes ties and outliers as they are.
+
+    Args:
+        ms: of its calls.
+        cpu_ms: processor time of them.
+        first_ms: of the first model's calls, in the same rounds.
+        first_cpu_ms: likewise.
+    """
+    ratios = [a / b for a, b in zip(ms, first_ms, strict=True)]
+    cpu_ratios = [a / b for a, b in zip(cpu_ms, first_cpu_ms, strict=True)]
+    bounds = [upper_bound(found, 50, _CONFIDENCE) for found in (ratios, cpu_ratios)]
+    return Timing(
+        ms=statistics.median(ms),
+        cpu_ms=statistics.median(cpu_ms),
+        ratio=statistics.median(ratios),
+        cpu_ratio=statistics.median(cpu_ratios),
+        rounds=len(ms),
+        slowness_bound=max(math.inf if bound is None else bound for bound in bounds),
     )
 
 
@@ -119,13 +145,17 @@ class Kernel:
     Attributes:
         name: of the executed node.
         op_type: of it.
+        inputs: names of the tensors that it reads.
         outputs: names of the tensors that it makes.
+        weights: those of the inputs that are constants of two axes or more.
         us: median time.
     """
 
     name: str
     op_type: str
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    weights: tuple[str, ...]
     us: float
 
 
@@ -149,7 +179,7 @@ def kernel_times(
         for turn in range(runs + 1):
             session.run(None, dict(calls[turn % len(calls)]))
         events: list[dict[str, Any]] = json.loads(trace().read_text(encoding="utf-8"))
-        outputs = _outputs(executed)
+        nodes, weights = _executed(executed)
     times: dict[str, list[float]] = {}
     types: dict[str, str] = {}
     for event in events:
@@ -158,10 +188,12 @@ def kernel_times(
             node = name.removesuffix("_kernel_time")
             times.setdefault(node, []).append(float(event["dur"]))
             types[node] = str(event["args"]["op_name"])
-    return tuple(
-        Kernel(name, types[name], outputs.get(name, ()), statistics.median(found[1:] or found))
-        for name, found in times.items()
-    )
+    kernels = []
+    for name, found in times.items():
+        inputs, outputs = nodes.get(name, ((), ()))
+        read = tuple(value for value in inputs if value in weights)
+        kernels.append(Kernel(name, types[name], inputs, outputs, read, statistics.median(found[1:] or found)))
+    return tuple(kernels)
 
 
 @contextlib.contextmanager
@@ -193,9 +225,10 @@ def _open(model: Path, options: onnxruntime.SessionOptions, disabled: Sequence[s
     return session
 
 
-def _outputs(executed: Path) -> dict[str, tuple[str, ...]]:
-    """Names of the tensors that each node of a graph makes."""
+def _executed(path: Path) -> tuple[dict[str, tuple[tuple[str, ...], tuple[str, ...]]], set[str]]:
+    """What each node of a graph reads and makes, and the names of its weights."""
     from edgeq.converters.onnx.skeleton import read_skeleton
 
-    graph = read_skeleton(executed).model.graph
-    return {node.name: tuple(node.output) for node in graph.node}
+    skeleton = read_skeleton(path)
+    nodes = {node.name: (tuple(node.input), tuple(node.output)) for node in skeleton.model.graph.node}
+    return nodes, {weight.name for weight in skeleton.weights if len(weight.dims) > 1}

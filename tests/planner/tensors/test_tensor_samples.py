@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,32 @@ def test_held_out_inputs_are_judged_on(tmp_path: Path) -> None:
     wanted = Calibration(inputs=saved(tmp_path / "in", 6), held_out=saved(tmp_path / "out", 3), samples=4, judged=3)
     found = gather_samples(ARTIFACT, tmp_path, AXES, wanted)
     assert (len(found.calibration), len(found.judged)) == (4, 3)
+
+
+def test_calls_in_memory_are_shared_out_too() -> None:
+    calls = [{"x": np.full((1, 4), index, np.float32)} for index in range(12)]
+    found = gather_samples(ARTIFACT, None, AXES, Calibration(inputs=iter(calls), judged=4))
+    assert not seen(found.calibration) & seen(found.judged)
+    assert found.source.startswith("calls in memory")
+    chosen = gather_samples(ARTIFACT, None, AXES, Calibration(inputs=calls[:6], held_out=calls[6:], samples=4))
+    assert (seen(chosen.calibration), seen(chosen.judged)) == ({0.0, 1.0, 2.0, 3.0}, {6.0, 7.0, 8.0, 9.0, 10.0, 11.0})
+
+
+GOOD = {"x": np.zeros((1, 4), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [
+        ([{"y": GOOD["x"]}], "call 0: .*no input 'y'"),
+        ([GOOD, {"x": np.full((1, 4), np.nan, np.float32)}], "call 1: .*NaN"),
+        ([GOOD["x"]], "call 0 is a ndarray"),
+        ([GOOD, GOOD], "calls in memory leaves 1 inputs to calibrate"),
+    ],
+)
+def test_wrong_calls_in_memory_are_one_line(inputs: Any, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        gather_samples(ARTIFACT, None, AXES, Calibration(inputs=inputs))
 
 
 def test_too_few_and_wrong_inputs_are_one_line(tmp_path: Path) -> None:

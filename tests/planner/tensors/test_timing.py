@@ -12,7 +12,7 @@ from edgeq.errors import SessionError
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from edgeq.planner.tensors.timing import kernel_times, time_in_turns  # noqa: E402
+from edgeq.planner.tensors.timing import kernel_times, time_in_turns, timing_of  # noqa: E402
 
 
 def chain(path: Path, products: int, width: int = 256) -> Path:
@@ -45,6 +45,20 @@ def test_more_work_takes_more_time(tmp_path: Path) -> None:
     assert (first.ratio, first.rounds) == (1.0, 9)
     assert second.cpu_ratio > 2
     assert second.ms > 0 < second.cpu_ms
+
+
+def test_the_bound_is_what_chance_does_not_exceed() -> None:
+    floats = [10.0] * 15
+    close = [9.0, 11.0, *[9.5] * 9, *[10.5] * 4]  # faster in 10 rounds of 15, which chance does in 15 %
+    found = timing_of(close, close, first_ms=floats, first_cpu_ms=floats)
+    assert found.slowness == 0.95
+    assert found.slowness_bound == 1.05
+    sure = [9.0, 11.0, *[9.5] * 11, *[10.5] * 2]
+    assert timing_of(sure, sure, first_ms=floats, first_cpu_ms=floats).slowness_bound == 0.95
+    few = timing_of([1.0] * 4, [1.0] * 4, first_ms=[2.0] * 4, first_cpu_ms=[2.0] * 4)
+    assert few.slowness_bound == float("inf")
+    busy = timing_of([9.0] * 9, [12.0] * 9, first_ms=[10.0] * 9, first_cpu_ms=[10.0] * 9)
+    assert (busy.slowness, busy.slowness_bound) == (1.2, 1.2)
 
 
 def test_every_executed_node_has_a_time(tmp_path: Path) -> None:
