@@ -8,11 +8,11 @@ from edgeq.profiles.device import DeviceProfile
 
 __all__ = ["newest_opset"]
 
-# What the ONNX parser of a TensorRT takes at most, by the version that came with it first: docs/operators.md of
-# github.com/onnx/onnx-tensorrt at its releases. Parsers take older opsets, down to 9.
-_OF_TENSORRT = {(8, 5): 17, (10, 0): 20, (10, 6): 22}
+# What the ONNX parser of a TensorRT promises to take at most, by the version that said so first: docs/operators.md of
+# github.com/onnx/onnx-tensorrt at 8.0, 8.4, 9.0, 10.0 and 10.15; what lies between is not known. All take 9 and newer.
+_OF_TENSORRT = {(8, 0): 13, (8, 4): 17, (9, 0): 19, (10, 0): 20, (10, 15): 24}
 _COUNTS = (10, 0)  # an older one decides only where there is no newer one: JetPack 6.0 and before, since superseded
-_OF_TENSORRT_RTX = 22  # its parser is that of TensorRT 10.12
+_OF_TENSORRT_RTX = 24  # tried: the parser of 1.7 takes models of it
 
 
 def newest_opset(profile: DeviceProfile, backend: str) -> int | None:

@@ -261,8 +261,8 @@ def _limit(trt: ModuleType, config: Any, name: str, n_bytes: int | None, message
 def _use_dla(trt: ModuleType, builder: Any, network: Any, config: Any, core: int) -> int:  # noqa: ANN401
     """Send layers to the deep learning accelerator where it can compute them, and the others to the GPU."""
     here = f"TensorRT {version_of(trt)}"
-    # 10.3 to 10.7 have it too, but not for strongly typed networks; 10.8 to 11.3 have none.
-    remedy = "Build for the GPU alone, or with a TensorRT that has it: 11.4.1 or later with JetPack 7.2.2 on AGX Orin"
+    # 11.0 and 11.1 have none on any device, by their own documentation.
+    remedy = "Build for the GPU alone, or with a TensorRT that has the DLA on this device"
     if core >= builder.num_DLA_cores:
         raise SessionError(f"{here} finds {builder.num_DLA_cores} DLA cores here, and core {core} is asked for", remedy)
     config.default_device_type = trt.DeviceType.DLA
