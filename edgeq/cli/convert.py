@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,17 @@ from edgeq.cli.arguments import add_json_argument
 from edgeq.cli.model_arguments import add_model_arguments, device_of, job_from
 from edgeq.cli.tensor_arguments import (
     add_tensor_arguments,
+    is_called_with_arrays,
     refuse_language_options,
     refuse_tensor_options,
     tensor_job_from,
 )
 
 if TYPE_CHECKING:
+    from edgeq.bundle import Bundle
+    from edgeq.planner.convert import Progress as Tell
+    from edgeq.planner.job import Job
+    from edgeq.planner.search import Goal
     from edgeq.planner.tensors.job import TensorJob
 
 EXAMPLES = """\
@@ -51,10 +57,9 @@ def default_output(model: str, target: str) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     from edgeq.bundle import MANIFEST
-    from edgeq.cli.describe import plan_lines, prediction_lines, quality_lines, sections, trial_lines
+    from edgeq.cli.describe import sections
     from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
-    from edgeq.planner.convert import convert
     from edgeq.planner.job import profile_of
     from edgeq.planner.output import settled_output
 
@@ -63,59 +68,46 @@ def run(args: argparse.Namespace) -> int:
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     settled_output(out, force=args.force)
     profile_of(job)
-    if _is_called_with_arrays(args):
-        return _convert_tensor(args, tensor_job, out)
-    refuse_tensor_options(args)
+    arrays = is_called_with_arrays(args)
     with Progress(sys.stderr) as progress:
-        bundle = convert(
-            job,
-            out,
-            force=args.force,
-            progress=lambda stage, done, total, detail: progress(done, total, stage),
-        )
-    if args.json:
-        show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
-        return 0
-    manifest, plan = bundle.llm, bundle.llm.plan
-    lines = sections(
-        plan_lines(plan, manifest.source),
-        trial_lines(plan.search),
-        prediction_lines(plan, manifest.budget, job.goal),
-        quality_lines(manifest.quality),
-        [f"wrote {bundle.path}", f"next: edgeq bench {shlex.quote(str(bundle.path))}"],
-    )
-    show_lines(lines)
-    return 0
 
+        def tell(stage: str, done: int, total: int, detail: str) -> None:
+            progress(done, total, stage)
 
-def _is_called_with_arrays(args: argparse.Namespace) -> bool:
-    from edgeq.cli.progress import Progress
-    from edgeq.converters.source import resolve
-    from edgeq.planner.kinds import is_called_with_arrays
-
-    with Progress(sys.stderr) as progress:
-        source = resolve(args.model, revision=args.revision, progress=lambda d, t, name: progress(d, t, "download"))
-    return is_called_with_arrays(source, task=args.task)
-
-
-def _convert_tensor(args: argparse.Namespace, job: TensorJob, out: Path) -> int:
-    from edgeq.bundle import MANIFEST
-    from edgeq.cli.describe_tensor import tensor_lines
-    from edgeq.cli.output import show, show_lines
-    from edgeq.cli.progress import Progress
-    from edgeq.planner.tensors.convert import convert_tensor
-
-    refuse_language_options(args)
-    with Progress(sys.stderr) as progress:
-        bundle = convert_tensor(
-            job,
-            out,
-            force=args.force,
-            progress=lambda stage, done, total, detail: progress(done, total, stage),
-        )
+        bundle = _convert(args, tensor_job if arrays else job, out, tell)
     if args.json:
         show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         return 0
     following = [f"wrote {bundle.path}", f"next: edgeq bench {shlex.quote(str(bundle.path))}"]
-    show_lines([*tensor_lines(bundle.tensor), "", *following])
+    show_lines(sections(*_blocks(bundle, job.goal), following))
     return 0
+
+
+def _convert(args: argparse.Namespace, job: Job | TensorJob, out: Path, tell: Tell) -> Bundle:
+    from edgeq.planner.convert import Job, convert
+
+    if isinstance(job, Job):
+        refuse_tensor_options(args)
+        return convert(job, out, force=args.force, progress=tell)
+    from edgeq.planner.tensors.convert import convert_tensor
+
+    refuse_language_options(args)
+    return convert_tensor(job, out, force=args.force, progress=tell)
+
+
+def _blocks(bundle: Bundle, goal: Goal) -> list[Sequence[str]]:
+    """What was decided, and what came of it."""
+    from edgeq.cli.describe import plan_lines, prediction_lines, quality_lines, trial_lines
+    from edgeq.cli.describe_tensor import tensor_lines
+    from edgeq.types import Manifest
+
+    manifest = bundle.manifest
+    if not isinstance(manifest, Manifest):
+        return [tensor_lines(manifest)]
+    plan = manifest.plan
+    return [
+        plan_lines(plan, manifest.source),
+        trial_lines(plan.search),
+        prediction_lines(plan, manifest.budget, goal),
+        quality_lines(manifest.quality),
+    ]

@@ -13,6 +13,7 @@ from edgeq.cli.files import add_export_arguments, check_export, check_output, ex
 from edgeq.cli.model_arguments import add_model_arguments, device_of, job_from
 from edgeq.cli.tensor_arguments import (
     add_tensor_arguments,
+    is_called_with_arrays,
     refuse_language_options,
     refuse_tensor_options,
     tensor_job_from,
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     _check_front(job, args)
     check_export(args)
-    if _is_called_with_arrays(args):
+    if is_called_with_arrays(args):
         return _plan_tensor(args, tensor_job)
     refuse_tensor_options(args)
     refuse_same(("--front", args.front if args.front != Path() else None), ("--export", args.export))
@@ -105,16 +106,6 @@ def run(args: argparse.Namespace) -> int:
     _show_front(front)
     show_lines(wrote)
     return 0
-
-
-def _is_called_with_arrays(args: argparse.Namespace) -> bool:
-    from edgeq.cli.progress import Progress
-    from edgeq.converters.source import resolve
-    from edgeq.planner.kinds import is_called_with_arrays
-
-    with Progress(sys.stderr) as progress:
-        source = resolve(args.model, revision=args.revision, progress=lambda d, t, name: progress(d, t, "download"))
-    return is_called_with_arrays(source, task=args.task)
 
 
 def _plan_tensor(args: argparse.Namespace, job: TensorJob) -> int:

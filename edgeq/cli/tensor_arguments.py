@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,13 @@ from edgeq.cli.arguments import add_latency_argument, budget_of, positive_int, r
 if TYPE_CHECKING:
     from edgeq.planner.tensors.job import TensorJob
 
-__all__ = ["add_tensor_arguments", "refuse_language_options", "refuse_tensor_options", "tensor_job_from"]
+__all__ = [
+    "add_tensor_arguments",
+    "is_called_with_arrays",
+    "refuse_language_options",
+    "refuse_tensor_options",
+    "tensor_job_from",
+]
 
 _PRECISIONS = ("auto", "fp32", "fp16", "int8", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8")
 _METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
@@ -98,6 +105,17 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-float", metavar="REGEX", action="append", default=[], help="nodes that stay in floats; repeatable"
     )
+
+
+def is_called_with_arrays(args: argparse.Namespace) -> bool:
+    """Whether the model that is named is not one that writes text; downloads what is not here yet."""
+    from edgeq.cli.progress import Progress
+    from edgeq.converters.source import resolve
+    from edgeq.planner import kinds
+
+    with Progress(sys.stderr) as progress:
+        source = resolve(args.model, revision=args.revision, progress=lambda d, t, name: progress(d, t, "download"))
+    return kinds.is_called_with_arrays(source, task=args.task)
 
 
 def refuse_language_options(args: argparse.Namespace) -> None:
