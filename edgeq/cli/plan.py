@@ -72,15 +72,17 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
     from edgeq.planner.convert import plan_only
+    from edgeq.planner.job import profile_of
     from edgeq.types import to_json
 
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     _check_front(job, args)
     check_export(args)
+    refuse_same(("--front", args.front if args.front != Path() else None), ("--export", args.export))
+    profile_of(job)
     if is_called_with_arrays(args):
         return _plan_tensor(args, tensor_job)
     refuse_tensor_options(args)
-    refuse_same(("--front", args.front if args.front != Path() else None), ("--export", args.export))
     fronts: list[Front] = []
 
     def look(problem: Problem, demand: Demand, plan: Plan) -> None:
