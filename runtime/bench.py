@@ -51,6 +51,7 @@ def run_bench(
     workload: Workload | None = None,
     *,
     inputs: Path | None = None,
+    device: str | None = None,
     budget: Budget | None = None,
     confidence: float = DEFAULT_CONFIDENCE,
     max_host_load: float = DEFAULT_MAX_HOST_LOAD,
@@ -62,6 +63,8 @@ def run_bench(
         bundle: its folder.
         workload: of the bundle's kind; None for the default one.
         inputs: for a model that is called with arrays, see `edgeq.runtime.bench_inputs.bench_inputs`.
+        device: of a bundle that was made for several, the one whose graph is measured; None for the one that
+            `edgeq.load` takes on this machine.
         budget: lines that replace those of the bundle's own budget.
         confidence: of the one-sided bounds, at least 0.5 and below 1.
         max_host_load: share of the machine (0 to 1) that other processes may take before the run counts as invalid;
@@ -69,7 +72,7 @@ def run_bench(
         progress: called with steps done, steps in all (0 if unknown) and what is going on.
 
     Raises:
-        BundleError: no bundle, or one that was changed.
+        BundleError: no bundle, one that was changed, or one that was not made for that device.
         UsageError: a workload that makes no sense or is for another kind of bundle, inputs that the model does not
             take, or a line of ``budget`` that this kind of bundle cannot have.
         PromptTooLongError: prompt and answer together do not fit the context.
@@ -80,8 +83,10 @@ def run_bench(
     kind = opened.manifest.kind
     chosen = workload or (LanguageWorkload() if kind == "llm" else TensorWorkload())
     _check(chosen, confidence, max_host_load)
-    _refuse_foreign(opened, chosen, inputs, budget or Budget())
+    _refuse_foreign(opened, chosen, inputs, device, budget or Budget())
     opened = open_bundle(bundle, verify=True, progress=lambda done, total, name: tell(done, total, f"verifying {name}"))
+    if kind == "tensor":
+        opened = _for_one_device(opened, device)
     limits = merge_budgets(opened.manifest.budget, budget or Budget())
     conditions = Conditions(chosen, limits, confidence, max_host_load)
     if isinstance(chosen, LanguageWorkload):
@@ -93,6 +98,13 @@ def run_bench(
     with tempfile.TemporaryDirectory(prefix="edgeq-bench-") as folder:
         calls = bench_inputs(opened, chosen, inputs)
         return _report(opened, TensorSubject(opened, calls, Path(folder), chosen.threads), conditions, tell)
+
+
+def _for_one_device(opened: Bundle, device: str | None) -> Bundle:
+    """The bundle as `edgeq.load` takes it here."""
+    from edgeq.runtime.tensor.devices import fitting_device
+
+    return opened.made_for(fitting_device(opened.tensor) if device is None else device)
 
 
 def _report(opened: Bundle, subject: Subject[L, S], conditions: Conditions, tell: Progress) -> Report:
@@ -148,7 +160,9 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _refuse_foreign(opened: Bundle, workload: Workload, inputs: Path | None, budget: Budget) -> None:
+def _refuse_foreign(
+    opened: Bundle, workload: Workload, inputs: Path | None, device: str | None, budget: Budget
+) -> None:
     """Refuse, rather than ignore, what the other kind of bundle has."""
     kind = opened.manifest.kind
     what, foreign = _FOREIGN_LINES[kind]
@@ -156,6 +170,8 @@ def _refuse_foreign(opened: Bundle, workload: Workload, inputs: Path | None, bud
         raise UsageError(f"{opened.path} is {what}, and the workload is for others", "Give one of its own kind")
     if inputs is not None and kind == "llm":
         raise UsageError(f"{opened.path} is {what}, which takes no arrays", "Leave --inputs out")
+    if device is not None and kind == "llm":
+        raise UsageError(f"{opened.path} is {what}, which is one for all devices", "Leave --device out")
     for line in BUDGET_LINES:
         if line.field in foreign and budget.limit(line) is not None:
             raise UsageError(f"{opened.path} is {what}, which has no {line.label}", f"Leave the limit {line.field} out")

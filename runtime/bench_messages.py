@@ -35,9 +35,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
 
 class LoadTensor(msgspec.Struct, frozen=True, kw_only=True, tag="load-tensor"):
-    """Load a model that is called with arrays."""
+    """Load a model that is called with arrays, its graph for that device."""
 
     bundle: str
+    device: str
     threads: int | None
 
 

@@ -31,7 +31,7 @@ class TensorSubject(Subject[TensorLoaded, float]):
     """A bundle of a model that is called with arrays; see `Subject`. A sample is the time of a call in milliseconds.
 
     Args:
-        bundle: that was verified.
+        bundle: that was verified, as it is for one device (`Bundle.made_for`).
         inputs: of the calls.
         folder: an empty one for what the measured process reads.
         threads: None for the bundle's own.
@@ -58,7 +58,7 @@ class TensorSubject(Subject[TensorLoaded, float]):
             )
         # The first load of an engine may be the one that builds it.
         self.uncounted_loads = 1 if backend in TENSORRT_BACKENDS else 0
-        self.load = LoadTensor(bundle=str(bundle.path), threads=threads)
+        self.load = LoadTensor(bundle=str(bundle.path), device=self._manifest.built_for, threads=threads)
         self._feed = folder / "inputs.npz"
         arrays: dict[str, Any] = {
             f"{index}.{name}": array for index, call in enumerate(inputs.calls) for name, array in call.items()

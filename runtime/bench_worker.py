@@ -111,7 +111,7 @@ class _TensorModel:
         from edgeq.runtime.session import TensorSession, load
 
         # As a robot loads it: a text encoder brings its tokenizer, which takes time and memory too.
-        session = load(Path(command.bundle), threads=command.threads)
+        session = load(Path(command.bundle), threads=command.threads, device=command.device)
         if not isinstance(session, TensorSession):
             session.close()
             raise SessionError("The benchmark asked a language model for calls with arrays")

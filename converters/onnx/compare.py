@@ -23,7 +23,16 @@ from edgeq.tensor_types import OutputQuality, TensorQuality, TensorSpec
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Agreement", "CandidateError", "Comparison", "Derived", "Metric", "compare_outputs"]
+__all__ = [
+    "Agreement",
+    "CandidateError",
+    "Comparison",
+    "Derived",
+    "Metric",
+    "MetricError",
+    "compare_outputs",
+    "has_classes",
+]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Progress = Callable[[int, int, str], None]
@@ -47,6 +56,15 @@ _FAINTEST = 1e-300  # keeps the ratio of an error to a signal of zeros a number
 
 class CandidateError(ConversionError):
     """A candidate cannot be loaded or run, or gives what cannot be compared, where the float model does its part."""
+
+
+class MetricError(ConversionError):
+    """The user's own measure fails, or gives no number."""
+
+
+def has_classes(task: str) -> bool:
+    """Whether the answers of a task are classes, so that the share of the same ones is measured."""
+    return task in _DECIDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +278,7 @@ class _Judges:
     def __init__(
         self, task: str | None, classes: int | None, metric: Metric | None, derived: Mapping[str, Derived]
     ) -> None:
-        self._decides, self._of_pixels = task in _DECIDING, task in _OF_PIXELS
+        self._decides, self._of_pixels = task is not None and has_classes(task), task in _OF_PIXELS
         self._derived = derived
         self._classes = classes if task == _DETECTION else None
         self._metric = metric
@@ -341,9 +359,9 @@ def _measured(metric: Metric, index: int, feeds: Feeds, outputs: Arrays) -> floa
     except EdgeqError:
         raise
     except Exception as error:  # whatever a user's function raises
-        raise ConversionError(
+        raise MetricError(
             f"The metric {name} failed on input {index}: {type(error).__name__}: {error}", "Repair the function"
         ) from error
     if not math.isfinite(value):
-        raise ConversionError(f"The metric {name} gave {value} on input {index}", "Give a finite number for each input")
+        raise MetricError(f"The metric {name} gave {value} on input {index}", "Give a finite number for each input")
     return value

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgeq.converters.onnx.feeds import input_specs
 from edgeq.converters.onnx.skeleton import read_skeleton
 from edgeq.errors import ConversionError, DiskFullError, SessionError, UsageError, require_package
-from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options
+from edgeq.profiles.onnx.session import import_onnxruntime, onnx_session_options, start_session
 from edgeq.profiles.onnx.wire import message_field, read_fields
 from edgeq.registry import nearest
 
@@ -166,16 +166,11 @@ class CutModel:
         options.add_session_config_entry(_FOLDER_OPTION, str(self._data))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pieces wait for each other
         try:
-            ort: Any = import_onnxruntime()
-            session: onnxruntime.InferenceSession = ort.InferenceSession(
-                model.SerializeToString(), options, providers=list(PROVIDERS)
-            )
-        except Exception as error:  # its exceptions have no common base but Exception
+            return start_session(model.SerializeToString(), options)
+        except SessionError as error:
             raise SessionError(
-                f"ONNX Runtime cannot load the part of the model that makes {piece.gives[-1]!r}: {_one_line(error)}",
-                "Export it again, or install another onnxruntime",
+                f"The part of the model that makes {piece.gives[-1]!r}: {error.cause}", error.remedy
             ) from error
-        return session
 
 
 class Piece:

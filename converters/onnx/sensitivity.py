@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from edgeq.converters.onnx.calibration.ranges import Range
 from edgeq.converters.onnx.pieces import named_arrays
+from edgeq.converters.onnx.quantize.affine import affine_of
+from edgeq.converters.onnx.quantize.fp8 import fp8_scale, round_fp8
 from edgeq.converters.onnx.quantize.sites import product_of
-from edgeq.errors import SessionError, require_package
-from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options
+from edgeq.errors import require_package
+from edgeq.profiles.onnx.session import onnx_session_options, start_session
 from edgeq.queries import in_order_of
 
 if TYPE_CHECKING:
@@ -32,9 +34,10 @@ __all__ = ["Switch", "node_errors", "write_switched"]
 
 Progress = Callable[[int, int, str], None]
 Call = Mapping[str, NDArray[np.generic]]
+Grid = Literal["u8", "s8", "fp8"]
 
 _PREFIX = "edgeq.switch."
-_U8, _S8 = 255, 127
+_S8 = 127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Switch:
 
 
 def write_switched(
-    model: Path, out: Path, switches: Sequence[Switch], *, activations: Literal["u8", "s8"]
+    model: Path, out: Path, switches: Sequence[Switch], *, activations: Grid, symmetric: bool = True
 ) -> dict[str, str]:
     """Write a copy of a float model with a switch for each node.
 
@@ -59,7 +62,8 @@ def write_switched(
         model: the float model.
         out: the copy; weights lie beside it.
         switches: nodes with constant weights.
-        activations: 8 bits with a zero point, or symmetric ones.
+        activations: unsigned or signed integers; ``"fp8"`` for E4M3 as `quantize_fp8` writes it, weights likewise.
+        symmetric: whether signed integers have no zero point, as TensorRT asks for; on ARM they have one.
 
     Returns:
         Node to the name of the boolean input that switches it.
@@ -76,26 +80,28 @@ def write_switched(
         flag = ir.Value(name=f"{_PREFIX}{index}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
         graph.inputs.append(flag)
         names[switch.node] = f"{_PREFIX}{index}"
-        _switch_activation(graph, node, flag, switch.range, activations)
-        _switch_weight(graph, node, flag)
+        _switch_activation(graph, node, flag, switch.range, activations, symmetric)
+        _switch_weight(graph, node, flag, activations)
     ir.save(loaded, out, external_data=f"{out.name}.data")
     return names
 
 
 def _switch_activation(
-    graph: ir.Graph, node: ir.Node, flag: ir.Value, found: Range | None, activations: Literal["u8", "s8"]
+    graph: ir.Graph, node: ir.Node, flag: ir.Value, found: Range | None, activations: Grid, symmetric: bool
 ) -> None:
     import onnx_ir as ir
 
     value = node.inputs[0]
+    if value is None:
+        raise ValueError(f"{node.name} reads no activation")
     if found is None:
         rounded = ir.Node("", "DynamicQuantizeLinear", [value], num_outputs=3)
         back = ir.Node("", "DequantizeLinear", rounded.outputs)
     else:
-        scale, zero = _scale_and_zero(found, activations)
+        scale, zero = _scale_and_zero(value.name or "", found, activations, symmetric)
         parameters = [
             _constant(graph, f"{flag.name}.scale", np.array(scale, np.float32)),
-            _constant(graph, f"{flag.name}.zero", np.array(zero, np.uint8 if activations == "u8" else np.int8)),
+            _constant(graph, f"{flag.name}.zero", zero),
         ]
         rounded = ir.Node("", "QuantizeLinear", [value, *parameters])
         back = ir.Node("", "DequantizeLinear", [rounded.outputs[0], *parameters])
@@ -104,7 +110,7 @@ def _switch_activation(
     node.replace_input_with(0, chosen.outputs[0])
 
 
-def _switch_weight(graph: ir.Graph, node: ir.Node, flag: ir.Value) -> None:
+def _switch_weight(graph: ir.Graph, node: ir.Node, flag: ir.Value, activations: Grid) -> None:
     import onnx_ir as ir
 
     product = product_of(node)
@@ -113,27 +119,41 @@ def _switch_weight(graph: ir.Graph, node: ir.Node, flag: ir.Value) -> None:
         raise ValueError(f"{node.name} has no constant weight")
     value = product.weight
     weight = stored.numpy().astype(np.float32)
-    over = tuple(i for i in range(weight.ndim) if i != product.axis)
-    largest = np.abs(weight).max(axis=over, keepdims=True)
-    scale = np.where(largest > 0, largest / _S8, 1.0).astype(np.float32)
-    rounded = _constant(graph, f"{flag.name}.weight", (np.rint(weight / scale) * scale).astype(np.float32))
+    if activations == "fp8":
+        step = fp8_scale(value.name or product.name, float(np.abs(weight).max(initial=0.0)))
+        near = round_fp8(weight, step).astype(np.float32) * np.float32(step)
+    else:
+        over = tuple(i for i in range(weight.ndim) if i != product.axis)
+        largest = np.abs(weight).max(axis=over, keepdims=True)
+        scale = np.where(largest > 0, largest / _S8, 1.0).astype(np.float32)
+        near = (np.rint(weight / scale) * scale).astype(np.float32)
+    rounded = _constant(graph, f"{flag.name}.weight", near)
     chosen = ir.Node("", "Where", [flag, rounded, value])
     graph.insert_before(node, chosen)
     node.replace_input_with(1, chosen.outputs[0])
 
 
-def _scale_and_zero(found: Range, activations: Literal["u8", "s8"]) -> tuple[float, int]:
-    low, high = min(found.low, 0.0), max(found.high, 0.0)
-    if activations == "s8":
-        return max(high, -low) / _S8 or 1.0, 0
-    scale = (high - low) / _U8 or 1.0
-    return scale, min(max(round(-low / scale), 0), _U8)
-
-
-def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+def _scale_and_zero(name: str, found: Range, activations: Grid, symmetric: bool) -> tuple[float, ir.TensorProtocol]:
+    """As the grids of `quantize_static` and `quantize_fp8`."""
+    import ml_dtypes
     import onnx_ir as ir
 
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    if activations == "fp8":
+        zero: NDArray[Any] = np.zeros((), ml_dtypes.float8_e4m3fn)
+        return fp8_scale(name, found.absolute), ir.Tensor(zero, dtype=ir.DataType.FLOAT8E4M3FN)
+    if activations == "s8":
+        affine = affine_of(name, found, "int8", symmetric=symmetric)
+        return affine.scale, ir.tensor(np.array(affine.zero_point, np.int8))
+    affine = affine_of(name, found, "uint8", symmetric=False)
+    return affine.scale, ir.tensor(np.array(affine.zero_point, np.uint8))
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | ir.TensorProtocol) -> ir.Value:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
+    tensor.name = name
+    value = ir.Value(name=name, const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -144,7 +164,8 @@ def node_errors(
     switches: Sequence[Switch],
     inputs: Iterable[Call],
     *,
-    activations: Literal["u8", "s8"] = "u8",
+    activations: Grid = "u8",
+    symmetric: bool = True,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -156,6 +177,7 @@ def node_errors(
         switches: the nodes.
         inputs: of the model; every node is tried with each.
         activations: see `write_switched`.
+        symmetric: likewise.
         threads: of a call.
         progress: told nodes tried, nodes in all over all inputs, and the node.
 
@@ -169,7 +191,7 @@ def node_errors(
     """
     calls = [dict(call) for call in inputs]
     copy = folder / "switched.onnx"
-    names = write_switched(model, copy, switches, activations=activations)
+    names = write_switched(model, copy, switches, activations=activations, symmetric=symmetric)
     session = _open(copy, threads)
     outputs = [value.name for value in session.get_outputs() if "float" in value.type]
     off = {name: np.array(False) for name in names.values()}
@@ -186,16 +208,10 @@ def node_errors(
 
 
 def _open(model: Path, threads: int) -> onnxruntime.InferenceSession:
-    ort = import_onnxruntime()
     options = onnx_session_options(threads)
     # What is rounded here is meant to stay apart: nothing is to be fused into integer kernels.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    try:
-        session: onnxruntime.InferenceSession = ort.InferenceSession(str(model), options, providers=list(PROVIDERS))
-    except Exception as error:  # its exceptions have no common base but Exception
-        reason = " ".join(str(error).split())
-        raise SessionError(f"ONNX Runtime cannot load a copy of the model: {reason}", "Export it again") from error
-    return session
+    return start_session(model, options)
 
 
 def _relative(found: NDArray[Any], reference: NDArray[Any]) -> float:

@@ -29,10 +29,11 @@ edgeq bench bundle --prompt-tokens 512 --repetitions 20 --json > report.json
 edgeq bench camera --max-latency 33ms --max-memory 300MiB
 edgeq bench embedder --inputs sentences.txt
 edgeq bench embedder --size largest --axis batch=4
+edgeq bench camera --device laptop-cpu
 """
 
 _LANGUAGE_ONLY = ("prompt_tokens", "output_tokens", "context", "max_itl", "max_ttft", "min_tps")
-_TENSOR_ONLY = ("inputs", "size", "axis", "max_latency")
+_TENSOR_ONLY = ("inputs", "device", "size", "axis", "max_latency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a folder of images, a .txt with a text a line, or .npz files; default: what the bundle brings, or else "
         "random numbers",
+    )
+    arrays.add_argument(
+        "--device",
+        metavar="NAME",
+        help="of a bundle that was made for several, the one whose graph is measured; default: the first that this "
+        "machine can run",
     )
     arrays.add_argument(
         "--size", choices=["usual", "largest"], help="of the axes of random inputs, as the bundle was planned (usual)"
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             args.bundle,
             workload,
             inputs=args.inputs,
+            device=args.device,
             budget=budget,
             confidence=args.confidence,
             max_host_load=args.max_host_load,

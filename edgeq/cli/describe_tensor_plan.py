@@ -45,7 +45,7 @@ def _options(preview: TensorPreview) -> list[str]:
                 format_bytes(predicted.weights_bytes),
                 format_bytes(predicted.activation_bytes),
                 format_bytes(predicted.peak_memory_bytes),
-                f"≥ {latency}" if preview.least_latency and latency != _NONE else latency,
+                f"≳ {latency}" if preview.least_latency and latency != _NONE else latency,
             ]
         )
     header = ["in this order", "quantized", "file", "weights", "activations", "peak memory", "latency"]
@@ -65,11 +65,12 @@ def _budget(preview: TensorPreview) -> list[str]:
         elif predicted is None:
             verdict = "not predicted"
         else:
-            verdict = ("may pass" if least else "would pass") if predicted <= limit else "would fail"
+            passes, fails = ("may pass", "unlikely to pass") if least else ("would pass", "would fail")
+            verdict = passes if predicted <= limit else fails
         rows.append(
             [
                 line.label,
-                _NONE if predicted is None else f"{'≥ ' if least else ''}{format_quantity(predicted, line.unit)}",
+                _NONE if predicted is None else f"{'≳ ' if least else ''}{format_quantity(predicted, line.unit)}",
                 _NONE if limit is None else f"{'≤' if line.at_most else '≥'} {format_quantity(limit, line.unit)}",
                 verdict,
             ]

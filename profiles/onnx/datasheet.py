@@ -1,8 +1,10 @@
 """What an ONNX model takes on a device that no probe has seen, from the graph and the figures of a datasheet.
 
-Memory of weights and activations follows from the graph. Times are bounds: every matrix product and convolution takes
-at least what its operations or its bytes take (the roofline of Williams, Waterman and Patterson, 2009), and what stands
-between them is left out, as if all of it were fused.
+Memory of weights and activations follows from the graph. Times are floors of the datasheet: the operations of all
+matrix products and convolutions, or the bytes that must come from memory, the longer of the two (the roofline of
+Williams, Waterman and Patterson, 2009). What stands between the products is left out, as if all of it were
+fused, and activations as if they stayed in the caches. No floor is certain: a device may have a faster clock than its
+profile says, and a convolution may be computed with fewer operations (Winograd).
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ _BYTES_PER_CLOCK = {
     "asimd": 32, "asimddp": 64, "i8mm": 128, "avx2": 64, "avx_vnni": 128, "avx512bw": 128, "avx512_vnni": 256,
     "amx_int8": 2048,
 }  # fmt: skip
+# The most that caches hold from one call to the next, by whether CPU and GPU share one memory: no profile states its
+# own. More than the GPU of a Jetson has (4 to 32 MiB) or a Raspberry Pi, and what the GPU of a large laptop has.
+_CACHE_BYTES = {True: 32 << 20, False: 64 << 20}
 # TensorRT's buffers begin at multiples of it.
 _ALIGNMENT_BYTES = 512
 
@@ -71,7 +76,9 @@ def predict_gpu_memory(shape: OnnxShape, *, unified: bool) -> GpuMemory:
 
 
 def least_ms(shape: OnnxShape, profile: DeviceProfile, backend: Backend) -> float | None:
-    """Milliseconds that a call takes at the least; None where the profile does not say how fast the device computes.
+    """Milliseconds that a call takes at the least, by the datasheet; None where it has no speed of computing.
+
+    Weights beyond what caches may hold come from memory in every call, meanwhile others are computed with.
 
     Args:
         shape: the model at its usual sizes.
@@ -81,14 +88,12 @@ def least_ms(shape: OnnxShape, profile: DeviceProfile, backend: Backend) -> floa
     speeds = _speeds(profile, backend)
     if not speeds:
         return None
-    weights = {p.name: p.n_bytes for p in shape.parameters}
-    total_s = 0.0
-    for node in shape.nodes:
-        if node.flops:
-            moved = sum(_bytes_of(name, shape, weights) for name in {*node.inputs, *node.outputs})
-            compute = node.flops / speeds[_precision(node, shape, weights, speeds)]
-            total_s += max(compute, moved / profile.peak_bandwidth_bytes_per_s)
-    return 1e3 * total_s
+    products = [node for node in shape.nodes if node.flops]
+    compute_s = sum(node.flops / speeds[_precision(node, shape, speeds)] for node in products)
+    read = {name for node in products for name in node.inputs}
+    weights = sum(p.n_bytes for p in shape.parameters if p.name in read)
+    moved = max(0, weights - _CACHE_BYTES[profile.memory.unified])
+    return 1e3 * max(compute_s, moved / profile.peak_bandwidth_bytes_per_s)
 
 
 def _speeds(profile: DeviceProfile, backend: Backend) -> dict[str, float]:
@@ -120,13 +125,7 @@ def _cpu_peaks(profile: DeviceProfile) -> dict[str, float]:
     return {"int8": bytes_ * rate, "fp16": floats * rate, "fp32": floats * rate} if floats else {}
 
 
-def _bytes_of(name: str, shape: OnnxShape, weights: Mapping[str, int]) -> int:
-    if name in shape.values:
-        return shape.values[name].n_bytes
-    return weights.get(name, 0)
-
-
-def _precision(node: GraphNode, shape: OnnxShape, weights: Mapping[str, int], speeds: Mapping[str, float]) -> str:
+def _precision(node: GraphNode, shape: OnnxShape, speeds: Mapping[str, float]) -> str:
     if node.kind == "int8":
         types = {p.dtype for p in shape.parameters if p.name in node.inputs} if "fp8" in speeds else set()
         return "fp8" if any(kind.startswith("float8") for kind in types) else "int8"

@@ -23,17 +23,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgeq.errors import SessionError, require_package
+from edgeq.profiles.onnx.wire import WireError, read_fields
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "Provider", "import_onnxruntime", "onnx_session_options", "open_onnx_session"]
+__all__ = [
+    "PROVIDERS",
+    "Provider",
+    "import_onnxruntime",
+    "onnx_session_options",
+    "open_onnx_session",
+    "start_session",
+]
 
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -45,6 +55,14 @@ _REMEDIES = {
 # Puts a float bias on a grid of 32 bits whose steps it computes in the type of the scales: in FP16 they vanish, and so
 # does the model (1.31, convolutions between QDQ grids with FP16 scales).
 _WRONG_OPTIMIZERS = ("WeightBiasQuantization",)
+# Take every QuantizeLinear for one to integers (1.31): the first drops a Relu whose zero point is the type's least
+# number, as if float8 had no numbers below 0; the others ask for kernels that there are not, so that nothing loads.
+_WRONG_FOR_FLOAT8 = (
+    "ReluQuantRewrite", "ClipQuantRewrite", "QDQPropagationTransformer", "QDQSelectorActionTransformer",
+)  # fmt: skip
+_FLOAT8 = frozenset({17, 18, 19, 20})  # TensorProto.DataType
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # ModelProto.graph, GraphProto.node and .initializer
+_ATTRIBUTE, _TENSOR, _DATA_TYPE = 5, 5, 2  # NodeProto.attribute, AttributeProto.t, TensorProto.data_type
 _SAME_AS_REQUESTED = 1  # ArenaExtendStrategy::kSameAsRequested
 _WARNINGS_OFF = 3  # errors only: what ONNX Runtime warns of while it optimizes is no concern of a robot's log
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -133,28 +151,80 @@ def open_onnx_session(
     ort = import_onnxruntime()
     names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
     _check_providers(names, ort.get_available_providers(), "was not built with")
-    source: Any = model if isinstance(model, bytes) else os.fspath(model)
     options = onnx_session_options(threads, dims=dims)
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
+    with _frugal_heap():
+        session = start_session(model, options, providers=providers, disabled_optimizers=disabled_optimizers)
+    # A provider whose libraries are missing is left out with no more than a line in the log.
+    _check_providers(names, session.get_providers(), "could not start")
+    return session
+
+
+def start_session(
+    model: str | os.PathLike[str] | bytes,
+    options: onnxruntime.SessionOptions,
+    *,
+    providers: Sequence[Provider] = PROVIDERS,
+    disabled_optimizers: Sequence[str] = (),
+) -> onnxruntime.InferenceSession:
+    """A session without the optimizers of ONNX Runtime that compute something else than the model says.
+
+    Args:
+        model: the ``.onnx`` file, or its contents.
+        options: of the session.
+        providers: see `open_onnx_session`.
+        disabled_optimizers: further ones.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        SessionError: ONNX Runtime cannot load the model.
+    """
+    ort = import_onnxruntime()
+    source: Any = model if isinstance(model, bytes) else os.fspath(model)
+    wrong = _WRONG_OPTIMIZERS + (_WRONG_FOR_FLOAT8 if _has_float8(source) else ())
     try:
-        with _frugal_heap():
-            session: onnxruntime.InferenceSession = ort.InferenceSession(
-                source,
-                options,
-                providers=list(providers),
-                disabled_optimizers=[*_WRONG_OPTIMIZERS, *disabled_optimizers],
-                enable_fallback=0,
-            )
+        session: onnxruntime.InferenceSession = ort.InferenceSession(
+            source,
+            options,
+            providers=list(providers),
+            disabled_optimizers=[*wrong, *disabled_optimizers],
+            enable_fallback=0,
+        )
     except Exception as error:  # its exceptions have no common base but Exception
         what = "the model" if isinstance(model, bytes) else os.fspath(model)
         reason = " ".join(str(error).split())  # some of its messages have several lines
         raise SessionError(
             f"ONNX Runtime cannot load {what}: {reason}", "Export it again, or install another onnxruntime"
         ) from error
-    # A provider whose libraries are missing is left out with no more than a line in the log.
-    _check_providers(names, session.get_providers(), "could not start")
     return session
+
+
+def _has_float8(model: str | bytes) -> bool:
+    """Whether a constant of the graph is float8, as the zero points of all its grids are; weights are skipped over."""
+    try:
+        if isinstance(model, bytes):
+            return _graph_has_float8(memoryview(model))
+        with Path(model).open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return False
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+                return _graph_has_float8(data)
+    except (OSError, WireError):  # ONNX Runtime says better what is wrong with the file
+        return False
+
+
+def _graph_has_float8(data: memoryview) -> bool:
+    def inside(at: tuple[int, int], number: int) -> Iterator[tuple[int, int]]:
+        return ((field.payload, field.end) for field in read_fields(data, *at) if field.number == number)
+
+    for graph in inside((0, len(data)), _GRAPH):
+        tensors = [*inside(graph, _INITIALIZER)]
+        for node in inside(graph, _NODE):
+            tensors += [tensor for found in inside(node, _ATTRIBUTE) for tensor in inside(found, _TENSOR)]
+        if any(f.number == _DATA_TYPE and f.value in _FLOAT8 for at in tensors for f in read_fields(data, *at)):
+            return True
+    return False
 
 
 def _check_providers(wanted: Sequence[str], found: Sequence[str], fault: str) -> None:

@@ -98,7 +98,8 @@ def _tensorrt(
     # The provider's networks are weakly typed: what the graph says is taken only where a flag allows it.
     if plan.scheme.startswith("int8"):
         options["trt_int8_enable"] = "True"
-    if plan.scheme == "fp16":
+    # What a graph of INT8 leaves in floats is FP16 too.
+    if plan.scheme == "fp16" or plan.scheme.startswith("int8"):
         options["trt_fp16_enable"] = "True"
     if workspace_bytes is not None:
         options["trt_max_workspace_size"] = str(workspace_bytes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -12,14 +13,14 @@ import psutil
 import pytest
 
 from edgeq.bundle import MANIFEST, describe_file, write_manifest
-from edgeq.errors import EdgeqError, SessionError, UsageError
+from edgeq.errors import BundleError, EdgeqError, SessionError, UsageError
 from edgeq.report import LanguageWorkload, Report, TensorDetails, TensorWorkload
 from edgeq.runtime.bench import run_bench
 from edgeq.runtime.bench_messages import Call, Called, Fed, Feed, Generate, LoadTensor, Sample, TensorLoaded
 from edgeq.runtime.bench_process import WorkerProcess
 from edgeq.runtime.bench_tensor import TensorSubject
 from edgeq.runtime.tensorrt.driver import find_gpu
-from edgeq.tensor_types import AxisRange, Embedding, TensorManifest, TensorPrediction
+from edgeq.tensor_types import AxisRange, Embedding, TensorManifest, TensorPrediction, TensorVariant
 from edgeq.types import Budget, Target, from_json, to_json
 
 pytest.importorskip("onnxruntime")
@@ -148,6 +149,54 @@ def test_without_a_gpu_one_line_says_where_to_measure(linear_onnx: Path, make_te
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def for_two(linear_onnx: Path, make_tensor_bundle: Any) -> Path:
+    """Made for a robot first, which this machine is not, and for machines like this one too."""
+    foreign: Literal["x86_64", "aarch64"] = "x86_64" if os.uname().machine == "aarch64" else "aarch64"
+    robot = Target(arch=foreign, accelerator="cuda:sm_87")
+    folder: Path = make_tensor_bundle(
+        linear_onnx, plan={"axes": AXES, "backend": "tensorrt"}, target=robot, built_for="my-robot"
+    )
+    manifest = from_json((folder / MANIFEST).read_bytes(), TensorManifest)
+    (folder / "devices" / "here").mkdir(parents=True)
+    shutil.copy(linear_onnx, folder / "devices" / "here" / "model.onnx")
+    here = TensorVariant(
+        built_for="here",
+        target=Target(arch="any", accelerator="cpu"),
+        plan=msgspec.structs.replace(manifest.plan, backend="onnxruntime-cpu", predicted=PREDICTED),
+        files=(describe_file(folder, "devices/here/model.onnx", "model"),),
+        budget=Budget(latency_ms=60_000),
+    )
+    write_manifest(folder, msgspec.structs.replace(manifest, others=(here,)))
+    return folder
+
+
+def test_of_several_graphs_the_one_is_measured_that_load_takes(for_two: Path) -> None:
+    report = run_bench(for_two, TensorWorkload(warmup=0, repetitions=700), max_host_load=ANY_LOAD)
+    details = report.details
+    assert isinstance(details, TensorDetails)
+    assert (report.profile, report.simulated, report.result) == ("here", False, "PASS")
+    assert (details.backend, details.providers) == ("onnxruntime-cpu", ("CPUExecutionProvider",))
+    assert details.predicted == PREDICTED
+    assert {v.field: (v.limit, v.predicted) for v in report.verdicts}["latency_ms"] == (60_000, 0.5)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU")
+def test_the_user_chooses_among_several_graphs(for_two: Path) -> None:
+    with pytest.raises(SessionError, match="was made for tensorrt on my-robot, and this machine has no NVIDIA GPU"):
+        run_bench(for_two, SHORT, device="my-robot")
+    with pytest.raises(BundleError, match=r"not made for 'there'.* my-robot, here"):
+        run_bench(for_two, SHORT, device="there")
+
+
+def test_the_measured_process_takes_the_graph_it_is_told_to(for_two: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(for_two, tmp_path / "bundle")
+    graph = folder / "devices" / "here" / "model.onnx"
+    graph.write_bytes(b"nonsense".ljust(graph.stat().st_size))
+    with WorkerProcess() as worker, pytest.raises(SessionError, match=r"devices/here/model\.onnx"):
+        worker.request(LoadTensor(bundle=str(folder), device="here", threads=None), TensorLoaded)
+
+
 def test_a_graph_that_does_not_load_is_one_line(linear_onnx: Path, make_tensor_bundle: Any) -> None:
     folder = make_tensor_bundle(linear_onnx, plan={"axes": AXES})
     (folder / "model.onnx").write_bytes(b"nonsense")
@@ -164,7 +213,7 @@ def test_the_worker_takes_inputs_in_turn(bundle: Path, tmp_path: Path) -> None:
     arrays: dict[str, Any] = {f"{index}.x": np.ones((index + 1, 8), np.float32) for index in range(3)}
     np.savez(tmp_path / "inputs.npz", **arrays)
     with WorkerProcess() as worker:
-        worker.request(LoadTensor(bundle=str(bundle), threads=None), TensorLoaded)
+        worker.request(LoadTensor(bundle=str(bundle), device="laptop-cpu", threads=None), TensorLoaded)
         assert worker.ready_ms > 0
         assert worker.request(Feed(inputs=str(tmp_path / "inputs.npz")), Fed).calls == 3
         assert len(worker.request(Call(most=7, seconds=60), Called).latencies_ms) == 7

@@ -17,7 +17,7 @@ from edgeq.converters.onnx.export.quiet import quiet
 from edgeq.converters.onnx.export.tidy import names_kept, tidy
 from edgeq.converters.onnx.export.verify import Call, check_outputs, session_caller
 from edgeq.converters.onnx.export.write import describe_graph, fresh_output, shape_notes, write_graph
-from edgeq.converters.onnx.skeleton import read_skeleton, walk_nodes
+from edgeq.converters.onnx.skeleton import Skeleton, read_skeleton, walk_nodes
 from edgeq.errors import ConversionError, SourceError, UnsupportedModelError, require_package
 from edgeq.inputs.arrays import check_arrays
 from edgeq.tensor_types import TensorArtifact, TensorSpec
@@ -32,7 +32,8 @@ Arrays = Mapping[str, NDArray[Any]]
 
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})  # what ONNX Runtime ships kernels for
 _LEAST_OPSET = 13  # the first with scales per channel in QuantizeLinear
-_RAISED_TO = 17  # the first with LayerNormalization, and what the oldest TensorRT that counts takes
+# The first with Gelu, and what the oldest TensorRT that counts takes; grids take scales in FP16 since 19.
+_RAISED_TO = 20
 _QUANTIZED = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulNBits", "QLinearConv"}
     | {"QLinearMatMul", "QuantizeLinear"}
@@ -51,9 +52,10 @@ _NOT_COMPARED = "The cleaned graph was not compared with the original: no random
 def adopt_onnx(file: Path, out: Path, *, inputs: Iterable[Arrays] = (), newest_opset: int | None = None) -> Exported:
     """Take an ONNX file over.
 
-    Local functions are inlined, constants folded, and weights of more than 64 MiB put beside the model. Opsets below 13
-    are raised to 17, and opsets that the target does not take are lowered. The result is compared with the original on
-    random inputs, but for those that the original refuses or answers with NaN or infinity (the logarithm of a negative
+    Local functions are inlined, constants folded, and weights of more than 64 MiB put beside the model. Opsets below 20
+    are raised to it, or to the newest that the target takes; those from 13 on stay as they are if that fails, and a
+    note says why. Opsets that the target does not take are lowered. The result is compared with the original on random
+    inputs, but for those that the original refuses or answers with NaN or infinity (the logarithm of a negative
     number); a note says so. `check_adopted` compares with real ones later.
 
     Args:
@@ -77,12 +79,31 @@ def adopt_onnx(file: Path, out: Path, *, inputs: Iterable[Arrays] = (), newest_o
     _refuse_too_large(file)
     _refuse_custom(skeleton.model)
     describe_graph(file)
+    calls = [dict(call) for call in inputs]
+    before = _opset_of(skeleton.model)
+    opset = max(before, _RAISED_TO) if newest_opset is None else min(max(before, _RAISED_TO), newest_opset)
+    try:
+        return _adopted(file, out, skeleton, calls, opset)
+    except ConversionError as error:
+        if not _LEAST_OPSET <= before < opset:
+            raise
+        reason = error.cause
+    kept = _adopted(file, out, skeleton, calls, before)
+    return dataclasses.replace(kept, notes=(f"The opset stays {before}, less than {opset}: {reason}", *kept.notes))
+
+
+def _opset_of(model: onnx.ModelProto) -> int:
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _adopted(file: Path, out: Path, skeleton: Skeleton, inputs: Sequence[Arrays], opset: int) -> Exported:
+    """See `adopt_onnx`; in this opset."""
     notes = list(_notes(skeleton.model))
     with fresh_output(out):
-        model = _loaded(file, skeleton.file_bytes, newest_opset, notes)
+        model = _loaded(file, skeleton, opset, notes)
         _clean(model, file.name)
         write_graph(model, out)
-        specs, answers, opset = describe_graph(out)
+        specs, answers, written = describe_graph(out)
         original = session_caller(file, remedy=_REMEDY)
         calls, dropped = _usable_calls(original, specs)
         if not calls:
@@ -92,7 +113,7 @@ def adopt_onnx(file: Path, out: Path, *, inputs: Iterable[Arrays] = (), newest_o
         if not calls:
             notes.append(_NOT_COMPARED)
         checks = check_outputs(original, session_caller(out, remedy=_REMEDY), calls, remedy=_REMEDY)
-    artifact = TensorArtifact(architecture="onnx", task="tensor", opset=opset, inputs=specs, outputs=answers)
+    artifact = TensorArtifact(architecture="onnx", task="tensor", opset=written, inputs=specs, outputs=answers)
     return Exported(out, artifact, checks, (*notes, *shape_notes(out)))
 
 
@@ -154,38 +175,56 @@ def _notes(model: onnx.ModelProto) -> Iterator[str]:
         yield f"The file has control flow ({control[0].op_type} at {name!r}): what a call takes cannot be foretold"
 
 
-def _loaded(file: Path, n_bytes: int, newest_opset: int | None, notes: list[str]) -> ir.Model:
-    """The model, in an opset that is new enough and that the target takes."""
+def _loaded(file: Path, skeleton: Skeleton, opset: int, notes: list[str]) -> ir.Model:
+    """The model in an opset, which is noted if it is another one."""
     import onnx_ir as ir
 
     try:
         model = ir.load(file)
     except (ValueError, TypeError, KeyError, OSError, ir.serde.SerdeError) as error:
         raise SourceError(f"{file.name} cannot be read: {_innermost(error)}", "Export the model again") from error
-    before = model.graph.opset_imports.get("", 0) or model.graph.opset_imports.get("ai.onnx", 0)
-    if before < _LEAST_OPSET:
-        remedy = f"Export the model with opset {_RAISED_TO} or later"
-        converted = _in_opset(file, n_bytes, _RAISED_TO, f"The opset {before} of {file.name} cannot be raised", remedy)
-        notes.append(f"The opset was raised from {before} to {_RAISED_TO}")
-        return ir.from_proto(converted)
-    if newest_opset is not None and before > newest_opset:
-        cannot = f"{file.name} uses opset {before}, the target takes up to {newest_opset}, and it cannot be lowered"
-        remedy = f"Export the model with opset {newest_opset}"
-        converted = _in_opset(file, n_bytes, newest_opset, cannot, remedy)
-        notes.append(f"The opset was lowered from {before} to {newest_opset}, the newest that the target takes")
-        return ir.from_proto(converted)
-    return model
+    before = _opset_of(skeleton.model)
+    if before < opset:
+        _refuse_control(skeleton.model, before, opset)
+        cannot = f"The opset {before} of {file.name} cannot be raised"
+        remedy = f"Export the model with opset {opset}"
+        told = f"The opset was raised from {before} to {opset}"
+    elif before > opset:
+        cannot = f"{file.name} uses opset {before}, the target takes up to {opset}, and it cannot be lowered"
+        remedy = f"Export the model with opset {opset}"
+        told = f"The opset was lowered from {before} to {opset}, the newest that the target takes"
+    else:
+        return model
+    converted = _in_opset(file, skeleton.file_bytes, opset, cannot, remedy)
+    notes.append(told)
+    return ir.from_proto(converted)
+
+
+def _refuse_control(model: onnx.ModelProto, before: int, opset: int) -> None:
+    """Onnx's converter leaves what lies in the bodies of control flow as it is, whatever it then means."""
+    control = next((node for node in model.graph.node if node.op_type in _CONTROL), None)
+    if before >= _LEAST_OPSET and control is not None:
+        name = control.name or control.output[0]
+        raise ConversionError(
+            f"{control.op_type} at {name!r} is control flow, whose bodies cannot be raised",
+            f"Export the model with opset {opset}",
+        )
 
 
 def _in_opset(file: Path, n_bytes: int, opset: int, cannot: str, remedy: str) -> onnx.ModelProto:
     """The model in another opset, by onnx's own converter."""
     import onnx
+    import onnx.inliner
+    import onnx.version_converter
 
     if n_bytes > _MOST_CONVERTED_BYTES:
         raise ConversionError(f"{cannot}: it is larger than {_MOST_CONVERTED_BYTES >> 30} GiB", remedy)
     try:
         with quiet():
-            converted: onnx.ModelProto = onnx.version_converter.convert_version(onnx.load(file), opset)
+            model = onnx.load(file)
+            if model.functions:  # the converter knows none
+                model = onnx.inliner.inline_local_functions(model)
+            converted: onnx.ModelProto = onnx.version_converter.convert_version(model, opset)
             onnx.checker.check_model(converted)  # an operator that the older opset has not is copied as it is
     except Exception as error:  # the converter's errors have no common base
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,19 +10,23 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.converters.onnx.quantize.graph import open_editor, save_model
+from edgeq.converters.onnx.quantize.graph import Editor, open_editor, save_model
 from edgeq.converters.onnx.quantize.sites import editor_products
 from edgeq.errors import ConversionError
 from edgeq.profiles.onnx.session import open_onnx_session
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = ["channel_means", "shift_of"]
 
 _CHANNELS = 1  # axis of an image
+_AXES_ARE_INPUTS = 18  # of ReduceMean, since this opset
 
 
 def channel_means(
@@ -50,8 +54,7 @@ def channel_means(
     names: dict[str, str] = {}  # of a value's means to the value
     for value, product in read.items():
         kernel = len(product.weight.shape or ()) - 2
-        axes = editor.constant("mean_axes", np.array([0, *range(_CHANNELS + 1, _CHANNELS + 1 + kernel)], np.int64))
-        mean = editor.node("ReduceMean", [value, axes], f"{value.name}_mean", before=None, attributes={"keepdims": 0})
+        mean = _mean(editor, value, [0, *range(_CHANNELS + 1, _CHANNELS + 1 + kernel)])
         editor.graph.outputs.append(mean.outputs[0])
         names[mean.outputs[0].name or ""] = value.name or ""
     sums: dict[str, NDArray[np.float64]] = {}
@@ -70,6 +73,14 @@ def channel_means(
         if not np.isfinite(total).all():
             raise ConversionError(f"The value {name!r} is not finite", "Calibrate with inputs that give finite numbers")
     return {name: total / count for name, total in sums.items()}
+
+
+def _mean(editor: Editor, value: ir.Value, axes: list[int]) -> ir.Node:
+    name = f"{value.name}_mean"
+    if editor.opset < _AXES_ARE_INPUTS:
+        return editor.node("ReduceMean", [value], name, before=None, attributes={"axes": axes, "keepdims": 0})
+    given = editor.constant("mean_axes", np.array(axes, np.int64))
+    return editor.node("ReduceMean", [value, given], name, before=None, attributes={"keepdims": 0})
 
 
 def shift_of(error: NDArray[Any], means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.converters.onnx.quantize.graph import attribute_int, infer_shapes, is_constant, open_editor, sizes_of
-from edgeq.errors import ConversionError, SourceError
-from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options
+from edgeq.errors import ConversionError, SessionError, SourceError
+from edgeq.profiles.onnx.session import import_onnxruntime, onnx_session_options, start_session
 from edgeq.tensor_types import Coverage, NodeGroup
 
 if TYPE_CHECKING:
@@ -121,12 +121,10 @@ def write_executed(
         options.add_session_config_entry("session.qdqisint8allowed", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}.data")
     try:
-        ort.InferenceSession(
-            str(model), options, providers=list(PROVIDERS), disabled_optimizers=list(disabled_optimizers)
-        )
-    except Exception as error:  # its exceptions have no common base but Exception
-        reason = " ".join(str(error).split())[:300]
-        raise ConversionError(f"ONNX Runtime cannot load {model.name}: {reason}", "Export the model again") from error
+        start_session(model, options, disabled_optimizers=disabled_optimizers)
+    except SessionError as error:
+        cause = error.cause.replace(str(model), model.name)[:300]
+        raise ConversionError(cause, "Export the model again") from error
 
 
 def coverage(

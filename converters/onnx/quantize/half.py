@@ -1,4 +1,4 @@
-"""FP16 and BF16: weights and most of the arithmetic in 16 bits, inputs and outputs as they were.
+"""FP16: weights and most of the arithmetic in 16 bits, inputs and outputs as they were.
 
 What overflows or rounds away in 16 bits stays float32, between casts: sums over many elements, exponentials, powers and
 whatever is computed from indices. Matrix products, convolutions and LayerNormalization accumulate in float32 inside the
@@ -8,26 +8,25 @@ kernels themselves (TensorRT, CUDA), so that their inputs and outputs may be hal
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, infer_shapes, is_constant, open_editor, save_model
 from edgeq.converters.onnx.quantize.half_scales import GRIDS, fine_grids, refit_channels, with_their_grids
+from edgeq.converters.onnx.quantize.tiny import tiny_numbers
 from edgeq.converters.onnx.quantize.type_check import require_types, takes_halves
 from edgeq.errors import ConversionError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["HalfType", "to_half"]
+__all__ = ["to_half"]
 
 _LARGEST = 65504.0  # of float16
-
-HalfType = Literal["float16", "bfloat16"]
 
 # Sums of squares and of many elements, exponentials and their inverses: beyond 65,504 or below 6e-8 in FP16.
 _OVERFLOWS = """
@@ -43,19 +42,16 @@ _COUNTS = """
 _KEPT = frozenset((_OVERFLOWS + _COUNTS).split()) | {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 
 
-def to_half(
-    model: Path, out: Path, *, dtype: HalfType = "float16", keep_float: Set[str] = frozenset()
-) -> tuple[str, ...]:
+def to_half(model: Path, out: Path, *, keep_float: Set[str] = frozenset()) -> tuple[str, ...]:
     """Write a model that computes in 16 bits; a QDQ model keeps its grids, with scales in 16 bits.
 
     Args:
         model: floats, or a QDQ graph made for TensorRT.
         out: is written; weights beside it if they are large.
-        dtype: ``"float16"`` or ``"bfloat16"``.
         keep_float: names of nodes that stay float32, with the grids that they read.
 
     Returns:
-        Notes: what was cut to the largest number of the type, and grids that stay float32.
+        Notes: what was cut to the largest number of the type, and what stays float32 for numbers that are too small.
 
     Raises:
         ConversionError: control flow, a value whose type cannot be inferred, names that no node has, or a graph that
@@ -67,12 +63,11 @@ def to_half(
     if unknown:
         raise ConversionError(f"No node is named {', '.join(map(repr, unknown[:5]))}", "Name nodes as they are listed")
     infer_shapes(editor)
-    fine: Set[ir.Node] = frozenset()
-    if dtype == "float16":  # bfloat16 reaches as far as float32
-        refit_channels(editor)
-        fine = fine_grids(editor)
+    refit_channels(editor)
     kept = with_their_grids(node for node in editor.graph if node.name in keep_float)
-    halver = _Halver(editor, dtype, kept, fine)
+    no_grids = not takes_halves("DequantizeLinear", editor.opset)
+    fine = with_their_grids(editor.nodes(*GRIDS)) if no_grids else fine_grids(editor)
+    halver = _Halver(editor, kept, fine, tiny_numbers(editor))
     for node in tuple(editor.graph):
         halver.convert(node)
     halver.outputs()
@@ -89,9 +84,9 @@ class _Halver:
     """Goes through the nodes in order and keeps one cast of each value."""
 
     editor: Editor
-    dtype: HalfType
     kept: Set[ir.Node]  # by the caller's wish
     fine: Set[ir.Node]  # because of their scales
+    tiny: Mapping[ir.Node, float]  # because of numbers that they read
     cut: list[str] = dataclasses.field(default_factory=list)
     casts: dict[tuple[ir.Value, bool], ir.Value] = dataclasses.field(default_factory=dict)
     halves: set[ir.Value] = dataclasses.field(default_factory=set)
@@ -100,7 +95,7 @@ class _Halver:
     def half(self) -> ir.DataType:
         import onnx_ir as ir
 
-        return ir.DataType.FLOAT16 if self.dtype == "float16" else ir.DataType.BFLOAT16
+        return ir.DataType.FLOAT16
 
     def convert(self, node: ir.Node) -> None:
         """Let a node read and make halves, or floats if it must."""
@@ -123,7 +118,7 @@ class _Halver:
                 self.halves.add(value)
 
     def _is_half(self, node: ir.Node) -> bool:
-        if node.domain != "" or node in self.kept or node in self.fine:
+        if node.domain != "" or node in self.kept or node in self.fine or node in self.tiny:
             return False
         return node.op_type not in _KEPT and takes_halves(node.op_type, self.editor.opset)
 
@@ -175,10 +170,6 @@ class _Halver:
         return made
 
     def _rounded(self, array: NDArray[Any], name: str) -> NDArray[Any]:
-        import ml_dtypes
-
-        if self.dtype == "bfloat16":
-            return array.astype(ml_dtypes.bfloat16)
         beyond = np.isfinite(array) & (np.abs(array) > _LARGEST)
         if beyond.any():
             self.cut.append(name)
@@ -199,10 +190,20 @@ class _Halver:
         """What a user must know."""
         notes = []
         if self.cut:
-            largest = f"{len(self.cut)} constants beyond {self.dtype} were cut to its largest number"
+            largest = f"{len(self.cut)} constants beyond float16 were cut to its largest number"
             notes.append(f"{largest}, such as {self.cut[0]!r}")
         fine = sorted(node.name or "" for node in self.fine if node.op_type not in GRIDS)
         if fine:
-            why = f"scales of its grids lie outside of {self.dtype}'s normal numbers"
+            why = "scales of its grids lie outside of float16's normal numbers"
+            if not takes_halves("DequantizeLinear", self.editor.opset):
+                why = f"its grids take scales in float16 from opset 19 on, the model has {self.editor.opset}"
             notes.append(f"{len(fine)} nodes read 8 bits but compute in float32, such as {fine[0]!r}: {why}")
+        tiny = sorted((node.name or "", number) for node, number in self.tiny.items() if self._halves_else(node))
+        if tiny:
+            why = f"float16 does not hold {tiny[0][1]:.3g}, which it or what it reads is computed with"
+            notes.append(f"{len(tiny)} nodes compute in float32, such as {tiny[0][0]!r}: {why}")
         return tuple(notes)
+
+    def _halves_else(self, node: ir.Node) -> bool:
+        """Whether nothing but a tiny number keeps a node in float32."""
+        return node not in self.kept and node not in self.fine and node.op_type not in _KEPT

@@ -36,6 +36,8 @@ def missed(quality: TensorQuality, gate: Gate) -> str | None:
             )
     elif worst is not None and not worst.mean_cosine >= gate.min_cosine:  # NaN falls short too
         return f"cosine {worst.mean_cosine:.4f} of {worst.name}, at least {gate.min_cosine:g} is asked for"
+    if gate.min_top1 is not None and quality.top1 is None:
+        return f"top-1 agreement was not measured, at least {gate.min_top1:.1%} is asked for"
     if gate.min_top1 is not None and quality.top1 is not None and quality.top1 < gate.min_top1:
         return f"top-1 agreement {quality.top1:.1%}, at least {gate.min_top1:.1%} is asked for"
     if gate.max_metric_drop is not None and quality.metric is not None:

@@ -23,7 +23,7 @@ from edgeq.converters.onnx.quantize.fp8 import fp8_tensors, quantize_fp8
 from edgeq.converters.onnx.quantize.half import to_half
 from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.onnx.quantize.smooth import channel_tensors, smooth
-from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
+from edgeq.converters.onnx.quantize.static import calibration_tensors, is_tensorrt, quantize_static
 from edgeq.converters.onnx.quantize.weights_only import quantize_weights
 from edgeq.errors import ConversionError
 from edgeq.planner.tensors.accuracy import SENTENCE
@@ -164,13 +164,15 @@ class Workbench:
         return {**ranges, **self._ranges_of(missing, (method,))[method]} if missing else ranges
 
     def _ranges_of(self, tensors: Sequence[str], methods: Sequence[Method]) -> dict[Method, dict[str, Range]]:
+        if not tensors:
+            raise ConversionError("The model has no node that could be quantized", "Choose --precision auto or fp32")
         return collect_by_method(
             self.model,
             tensors,
             self.samples.calibration,
             methods=methods,
             percentile=self.percentile,
-            symmetric=self.activations == "s8",
+            symmetric=is_tensorrt(self.backend),  # all others have zero points
             threads=self.threads,
             progress=lambda done, total, what: self.progress("calibrate", done, total, what),
         )

@@ -30,6 +30,7 @@ from edgeq.planner.output import settled_output
 from edgeq.planner.tensors.device_graph import DeviceGraph, variant_of, write_device_graph
 from edgeq.planner.tensors.job import TensorJob
 from edgeq.planner.tensors.prepare import Prepared, decision_of, prepare, prepare_other
+from edgeq.planner.tensors.verify import verify_bundle
 from edgeq.profiles.loader import load_profile
 from edgeq.runtime.tensorrt.samples import SAMPLES_FILE, SAMPLES_ROLE, write_samples
 from edgeq.staging import publish, staging_folder
@@ -79,24 +80,30 @@ def convert_tensor(job: TensorJob, out: str | Path, *, force: bool = False, prog
         folder = work / "bundle"
         made = write_device_graph(prepared, decision_of(job, prepared), folder, folder, progress)
         others = _others(job, prepared, folder, work, progress)
-        manifest = _manifest(prepared, made, others, folder, target.name, progress)
+        variants = tuple(variant_of(one, graph) for one, graph in others)
+        manifest = _manifest(prepared, made, variants, folder, target.name, progress)
         write_manifest(folder, manifest)
         open_bundle(folder, verify=True)
+        for one in (prepared, *(other for other, _ in others)):
+            if not one.backend.on_gpu:
+                verify_bundle(folder, one.profile.name, one.bench.reference, one.samples, progress)
         publish(folder, target, force=force, marker=MANIFEST, check=refuse_strangers)
     return Bundle(out, manifest)
 
 
-def _others(job: TensorJob, first: Prepared, folder: Path, work: Path, progress: Progress) -> tuple[TensorVariant, ...]:
+def _others(
+    job: TensorJob, first: Prepared, folder: Path, work: Path, progress: Progress
+) -> list[tuple[Prepared, DeviceGraph]]:
     """The same model for the other devices, each in a folder of its own."""
-    found: list[TensorVariant] = []
+    found: list[tuple[Prepared, DeviceGraph]] = []
     for device in job.also_for:
         name = load_profile(device).name
         place = work / f"for-{name}"
         place.mkdir()
         prepared = prepare_other(job, first, device, place, progress)
         made = write_device_graph(prepared, decision_of(job, prepared), folder, folder / DEVICES / name, progress)
-        found.append(variant_of(prepared, made))
-    return tuple(found)
+        found.append((prepared, made))
+    return found
 
 
 def _refuse_twice(job: TensorJob) -> None:

@@ -7,6 +7,7 @@ import functools
 import platform
 from collections.abc import Callable, Mapping, Sequence
 
+from edgeq.converters.onnx.compare import MetricError
 from edgeq.errors import ConversionError, UnsupportedModelError
 from edgeq.planner.tensors.accuracy import missed
 from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, Candidate, Method, Workbench
@@ -83,7 +84,16 @@ def decide(  # noqa: PLR0913 - what is known of model, inputs, target and wishes
     rejected: list[Rejection] = []
     passing: list[Candidate] = []
     for scheme in schemes:
-        for found in _candidates(bench, scheme, keep_float, search):
+        try:
+            made = _candidates(bench, scheme, keep_float, search)
+        except MetricError:
+            raise
+        except ConversionError as error:  # what this scheme cannot do, another one may
+            if len(schemes) == 1:
+                raise
+            rejected.append(Rejection(option=scheme, reason=error.cause))
+            continue
+        for found in made:
             why = missed_gate(found, gate, asked_share=asked_share, timed=timed)
             if why is None:
                 passing.append(found)

@@ -16,7 +16,7 @@ from edgeq.planner.tensors.candidates import MODEL_FILE, Candidate, Workbench
 from edgeq.planner.tensors.decide import Decision
 from edgeq.planner.tensors.plan import make_plan
 from edgeq.planner.tensors.prepare import Prepared
-from edgeq.planner.tensors.verify import verify_bundle
+from edgeq.planner.tensors.verify import verify_graph
 from edgeq.tensor_types import Coverage, TensorPlan, TensorQuality, TensorVariant
 from edgeq.types import BundleFile, Target, to_json
 
@@ -61,8 +61,8 @@ def write_device_graph(
 
     Raises:
         BudgetError: it takes more memory than the budget has.
-        ConversionError: the outputs are not those of the float model.
-        SessionError: the graph cannot be loaded.
+        ConversionError: the outputs of a GPU's graph are not those of the float model.
+        SessionError: that graph cannot be loaded.
         UnsupportedModelError: TensorRT does not take the graph.
     """
     chosen = decision.chosen
@@ -72,7 +72,8 @@ def write_device_graph(
         _write_layers(prepared.bench, chosen, place / LAYERS_FILE, progress)
         files.append((place / LAYERS_FILE, "layers"))
     plan = make_plan(prepared, decision, place / MODEL_FILE)
-    verify_bundle(place, prepared.bench.reference, prepared.samples, progress)
+    if prepared.backend.on_gpu:  # what a CPU runs is loaded once the bundle is complete
+        verify_graph(place / MODEL_FILE, prepared.bench.reference, prepared.samples, progress)
     if plan.backend == _SHIPS_ENGINES:
         engine, notes = _ship_engine(prepared, plan, place, progress)
         files += engine

@@ -121,9 +121,15 @@ def _write(prepared: Prepared, scheme: Scheme, out: Path, kept: frozenset[str]) 
         if scheme == "fp8":
             quantize_fp8(bench.model, grids, dict.fromkeys(fp8_tensors(bench.model), _MADE_UP), keep_float=kept)
         else:
-            ranges = dict.fromkeys(calibration_tensors(bench.model, bench.backend), _MADE_UP)
+            ranges = dict.fromkeys(calibration_tensors(bench.model, bench.backend, kept), _MADE_UP)
             quantize_static(
-                bench.model, grids, ranges, backend=bench.backend, activations=bench.activations, keep_float=kept
+                bench.model,
+                grids,
+                ranges,
+                backend=bench.backend,
+                activations=bench.activations,
+                keep_float=kept,
+                narrow_weights=bench.narrow_weights,
             )
         if grids != out:
             to_half(grids, out)

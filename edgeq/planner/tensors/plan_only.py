@@ -41,7 +41,7 @@ class TensorPreview(Record, frozen=True, kw_only=True):
         quality: measured, if it was decided; else None, as for floats.
         options: every scheme in the order of preference, the impossible ones last.
         budget: the limits.
-        least_latency: whether predicted latencies are the least that the datasheet allows.
+        least_latency: whether latencies are floors from datasheet figures, which decide nothing for certain.
     """
 
     source: ModelSource

@@ -26,10 +26,10 @@ def predict(
     *,
     disabled_optimizers: Collection[str] = (),
 ) -> tuple[TensorPrediction, tuple[str, ...]]:
-    """Memory at the largest sizes and latency at the usual ones, and what of it is only a bound or an allowance.
+    """Memory at the largest sizes and latency at the usual ones, and what of it is only a floor or an allowance.
 
     Where a probe has measured ONNX Runtime on the device its figures are taken. Elsewhere weights and activations
-    follow from the graph, the process is the profile's allowance, and latency is the least that the datasheet allows.
+    follow from the graph, the process is the profile's allowance, and latency is a floor from the datasheet's figures.
 
     Args:
         model: the ONNX file.
@@ -114,8 +114,8 @@ def _datasheet_notes(profile: DeviceProfile, backend: Backend, process: int | No
         notes.append(f"latency is not predicted: {profile.name} has no clock and was not probed for {backend.name}")
     else:
         notes.append(
-            "latency is from datasheet figures, the least that products and convolutions can take: edgeq devices probe "
-            "or edgeq bench on the device tells what they do"
+            "latency is a floor from datasheet figures, not a prediction: products and convolutions at the peak of the "
+            "profile, and nothing else; edgeq devices probe or edgeq bench on the device tells what they take"
         )
     return notes
 

@@ -19,6 +19,7 @@ from edgeq.inputs.arrays import refuse_constant
 from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
 from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
 from edgeq.planner.tensors.job import TensorJob
+from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_unmeasured
 from edgeq.planner.tensors.samples import Samples, gather_samples
 from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
@@ -79,13 +80,14 @@ def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
     Raises:
         EdgeqError: anything that `edgeq.errors` names.
     """
+    refuse_contradictions(job)
     profile = load_profile(job.target)
     profile = profile if job.power_mode is None else power_mode_of(profile, job.power_mode)
     backend = choose_backend(profile, job.backend)
     schemes = schemes_for(profile, backend, job.precision)
-    _refuse_contradictions(job)
     source = _source(job, progress)
     exported = _exported(job, source, work, progress)
+    refuse_unmeasured(job.gate, exported.artifact.task)
     axes = _axes(exported.artifact)
     beside = _beside(job.model, source)
     samples = gather_samples(exported.artifact, beside, axes, job.calibration)
@@ -122,16 +124,6 @@ def prepare_other(job: TensorJob, first: Prepared, device: str, work: Path, prog
         schemes=schemes,
         bench=bench,
     )
-
-
-def _refuse_contradictions(job: TensorJob) -> None:
-    if job.gate.max_metric_drop is not None and job.gate.metric is None:
-        raise UsageError("A drop of the metric is limited, and there is no metric", "Give Gate(metric=function)")
-    if isinstance(job.model, ModuleSource) and (job.shapes or job.task is not None or job.revision is not None):
-        raise UsageError(
-            "shapes, task and revision are for models in files, and this is a module",
-            "Give ModuleSource its example inputs, dynamic axes and task",
-        )
 
 
 def _source(job: TensorJob, progress: Progress) -> ModelSource:

@@ -68,12 +68,23 @@ def gather_samples(
         calibration = [call for index, call in enumerate(calibration) if index % share]
         source = f"{_name(wanted.inputs)}, of which {len(judged)} were held out"
     calibration = calibration[: wanted.samples]
+    if wanted.held_out is not None:
+        _refuse_few(wanted.held_out, len(judged), "judge on", "held_out")
+        _refuse_few(wanted.inputs, len(calibration), "calibrate with", "inputs")
     if min(len(calibration), len(judged)) < _FEWEST:
         raise UsageError(
             f"{_name(wanted.inputs)} leaves {len(calibration)} inputs to calibrate and {len(judged)} to judge",
             "Give at least 6, better 64",
         )
     return Samples(calibration, judged, source)
+
+
+def _refuse_few(inputs: Path | Iterable[Arrays], count: int, purpose: str, field: str) -> None:
+    if count < _FEWEST:
+        raise UsageError(
+            f"{_name(inputs)} ({field}) has {count} inputs to {purpose}",
+            f"Give at least {_FEWEST}, better 32",
+        )
 
 
 def _given(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 from edgeq.errors import UsageError
 from edgeq.planner.tensors.job import Precision
 from edgeq.profiles.device import Backend, DeviceProfile
+from edgeq.runtime.tensorrt.versions import OLDEST
 from edgeq.tensor_types import Scheme
 
 __all__ = [
@@ -57,7 +59,7 @@ def choose_backend(profile: DeviceProfile, wanted: str | None) -> Backend:
         wanted: its name; None for the profile's first that runs ONNX models.
 
     Raises:
-        UsageError: the device has no such backend.
+        UsageError: the device has no such backend, or only versions of TensorRT that are too old.
     """
     there = [backend for backend in profile.backends if backend.name in TENSOR_BACKENDS]
     names = ", ".join(backend.name for backend in there) or "none"
@@ -66,12 +68,29 @@ def choose_backend(profile: DeviceProfile, wanted: str | None) -> Backend:
             f"{profile.name} has no backend for models that are called with arrays",
             f"Add one of {', '.join(TENSOR_BACKENDS)} under backends in its profile",
         )
-    if wanted is None:
-        return there[0]
-    found = next((backend for backend in there if backend.name == wanted), None)
+    found = next((backend for backend in there if wanted in (None, backend.name)), None)
     if found is None:
         raise UsageError(f"{profile.name} has no backend {wanted!r}", f"Choose one of {names}")
+    _refuse_old_tensorrt(profile, found, there)
     return found
+
+
+def _refuse_old_tensorrt(profile: DeviceProfile, backend: Backend, there: Sequence[Backend]) -> None:
+    """Refuse TensorRT where no software of the device has a version that edgeq can build engines with."""
+    found = {entry.tensorrt or "": re.match(r"(\d+)(?:\.(\d+))?", entry.tensorrt or "") for entry in profile.software}
+    least = OLDEST["tensorrt"]
+    # Of "10" alone the second number is not known, and may be new enough.
+    versions = {text: (int(match[1]), int(match[2] or least[1])) for text, match in found.items() if match is not None}
+    if backend.name != "tensorrt" or not versions:
+        return
+    newest = max(versions, key=lambda text: versions[text])
+    if versions[newest] >= least:
+        return
+    cpu = any(other.name == "onnxruntime-cpu" for other in there)
+    raise UsageError(
+        f"{profile.name} has TensorRT {newest} at most, and edgeq needs {'.'.join(map(str, least))} or later",
+        "Let its CPU compute: --backend onnxruntime-cpu" if cpu else "Choose another device",
+    )
 
 
 def schemes_for(profile: DeviceProfile, backend: Backend, precision: Precision) -> tuple[Scheme, ...]:

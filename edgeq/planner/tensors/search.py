@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from edgeq.converters.onnx.calibration.ranges import Range
 from edgeq.converters.onnx.quantize.sites import NodeSite, quantizable
+from edgeq.converters.onnx.quantize.static import is_tensorrt
 from edgeq.converters.onnx.sensitivity import Switch, node_errors
 from edgeq.errors import UnsupportedModelError
 from edgeq.planner.knapsack import Infeasible
@@ -226,7 +227,8 @@ def _errors(way: _Way, sites: Sequence[NodeSite]) -> dict[str, float]:
         bench.folder,
         [Switch(site.name, None if ranges is None else ranges.get(site.activation)) for site in sites],
         bench.samples.calibration[:_SENSITIVITY_INPUTS],
-        activations=bench.activations,
+        activations="fp8" if way.candidate.scheme == "fp8" else bench.activations,
+        symmetric=is_tensorrt(bench.backend),
         threads=bench.threads,
         progress=lambda done, total, what: bench.progress("sensitivity", done, total, what),
     )

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import SessionError
-from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options, open_onnx_session
+from edgeq.profiles.onnx.session import onnx_session_options, open_onnx_session, start_session
 from edgeq.stats import upper_bound
 
 if TYPE_CHECKING:
@@ -209,20 +208,8 @@ def _profiled(
         options.profile_file_prefix = str(folder / "trace")
         options.optimized_model_filepath = str(executed)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "executed.data")
-        session = _open(model, options, disabled)
+        session = start_session(model, options, disabled_optimizers=disabled)
         yield session, executed, lambda: Path(session.end_profiling())
-
-
-def _open(model: Path, options: onnxruntime.SessionOptions, disabled: Sequence[str]) -> onnxruntime.InferenceSession:
-    ort = import_onnxruntime()
-    try:
-        session: onnxruntime.InferenceSession = ort.InferenceSession(
-            str(model), options, providers=list(PROVIDERS), disabled_optimizers=list(disabled)
-        )
-    except Exception as error:  # its exceptions have no common base but Exception
-        reason = " ".join(str(error).split())
-        raise SessionError(f"ONNX Runtime cannot load {model.name}: {reason}", "Export it again") from error
-    return session
 
 
 def _executed(path: Path) -> tuple[dict[str, tuple[tuple[str, ...], tuple[str, ...]]], set[str]]:

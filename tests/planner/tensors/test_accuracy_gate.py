@@ -34,6 +34,12 @@ def test_classes_count_if_they_are_asked_for() -> None:
     )
 
 
+def test_classes_that_were_not_measured_fall_short() -> None:
+    assert (
+        missed(_quality(0.999), Gate(min_top1=0.9)) == "top-1 agreement was not measured, at least 90.0% is asked for"
+    )
+
+
 @pytest.mark.parametrize("cosine", [0.5, 0.999])
 def test_detectors_are_judged_by_what_they_detect(cosine: float) -> None:
     assert missed(_quality(cosine, detection_map=0.85), Gate()) is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgeq.cli import main
+from edgeq.cli.describe_tensor_plan import preview_lines
 from edgeq.errors import BudgetError, UsageError
 from edgeq.planner.tensors.convert import convert_tensor
 from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
@@ -105,7 +106,18 @@ def test_devices_that_were_not_probed_have_memory_and_the_least_latency(exported
     assert predicted.activation_bytes > 16 * 64 * 2
     assert predicted.peak_memory_bytes >= predicted.weights_bytes + predicted.activation_bytes + predicted.runtime_bytes
     assert predicted.runtime_bytes > 100 * MIB
-    assert any("datasheet" in note for note in preview.plan.notes)
+    assert any("not a prediction" in note for note in preview.plan.notes)
+
+
+@pytest.mark.parametrize(("limit_ms", "verdict"), [(1e3, "may pass"), (1e-9, "unlikely to pass")])
+def test_a_floor_from_a_datasheet_decides_nothing(
+    exported: Path, tmp_path: Path, limit_ms: float, verdict: str
+) -> None:
+    budget = Budget(latency_ms=limit_ms)
+    preview = plan_tensor(job(exported, "jetson-orin", budget=budget), tmp_path / "plan", decide=False)
+    (line,) = [line for line in preview_lines(preview) if line.startswith("latency p99")]
+    assert "≳ " in line
+    assert line.endswith(f"  {verdict}")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 
 from edgeq.errors import UsageError
 from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
+from edgeq.profiles.device import Software
 from edgeq.profiles.loader import load_profile
 
 
@@ -50,3 +51,14 @@ def test_backends_that_a_device_has_not() -> None:
     bare = msgspec.structs.replace(laptop, backends=tuple(b for b in laptop.backends if b.runs_gguf))
     with pytest.raises(UsageError, match="no backend for models that are called with arrays"):
         choose_backend(bare, None)
+
+
+def test_tensorrt_that_is_too_old_is_refused_with_what_works() -> None:
+    xavier = load_profile("jetson-xavier-nx")
+    with pytest.raises(UsageError, match=r"has TensorRT 8\.5\.2 at most, and edgeq needs 10\.3") as caught:
+        choose_backend(xavier, None)
+    assert "--backend onnxruntime-cpu" in caught.value.remedy
+    assert choose_backend(xavier, "onnxruntime-cpu").name == "onnxruntime-cpu"
+    for version in ("10", "odd", "11.0"):
+        own = msgspec.structs.replace(xavier, software=(Software(tensorrt=version),))
+        assert choose_backend(own, None).name == "tensorrt"

@@ -76,6 +76,18 @@ def test_what_was_asked_for_is_shipped_and_said_to_be_slower(chain: Path, make_b
     assert found.notes[0].startswith("slower than the float model: a takes 1.70 times")
 
 
+def test_what_is_in_doubt_is_not_called_slower(chain: Path, make_bench: MakeBench, clock: Clock) -> None:
+    bench = make_bench(chain)
+    doubtful = [9.7, 10.3, 9.7, 9.7, 10.3]
+    clock({"model": [10.0], "a": doubtful})
+    (asked,) = _fastest(bench, _candidate("a"), floats=False).notes
+    assert asked.startswith("not surely as fast as the float model: a takes 0.97 times")
+    assert asked.endswith("--precision auto would ship the float model")
+    (goal,) = _fastest(bench, _candidate("a"), limit=9.8).notes  # the float model is too slow for that
+    assert goal.startswith("not surely as fast as the float model: a takes 0.97 times")
+    assert "--precision" not in goal
+
+
 def test_of_two_about_as_fast_the_nearer_one_is_taken(chain: Path, make_bench: MakeBench, clock: Clock) -> None:
     bench, near = make_bench(chain), _candidate("near", 0.9999)
     clock({"model": [10.0], "far": [5.0], "near": [5.2]})

@@ -179,7 +179,7 @@ def test_a_limit_that_even_the_weights_exceed(exported: Path, tmp_path: Path) ->
 
 
 def test_a_failure_leaves_nothing_behind(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeq.planner.tensors.device_graph.verify_bundle", _fail)
+    monkeypatch.setattr("edgeq.planner.tensors.convert.verify_bundle", _fail)
     with pytest.raises(EdgeqError, match="on purpose"):
         convert_tensor(job(exported, "fp32"), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

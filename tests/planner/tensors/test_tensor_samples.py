@@ -59,6 +59,14 @@ def test_held_out_inputs_are_judged_on(tmp_path: Path) -> None:
     assert (len(found.calibration), len(found.judged)) == (4, 3)
 
 
+def test_too_few_held_out_inputs_are_named(tmp_path: Path) -> None:
+    inputs, few = saved(tmp_path / "in", 6), saved(tmp_path / "out", 1)
+    with pytest.raises(UsageError, match=r"out \(held_out\) has 1 inputs to judge on"):
+        gather_samples(ARTIFACT, tmp_path, AXES, Calibration(inputs=inputs, held_out=few))
+    with pytest.raises(UsageError, match=r"out \(inputs\) has 1 inputs to calibrate with"):
+        gather_samples(ARTIFACT, tmp_path, AXES, Calibration(inputs=few, held_out=inputs))
+
+
 def test_calls_in_memory_are_shared_out_too() -> None:
     calls = [{"x": np.full((1, 4), index, np.float32)} for index in range(12)]
     found = gather_samples(ARTIFACT, None, AXES, Calibration(inputs=iter(calls), judged=4))

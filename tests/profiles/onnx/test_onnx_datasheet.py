@@ -1,4 +1,4 @@
-"""Memory and bounds of time from a graph and a datasheet, worked out by hand."""
+"""Memory and floors of time from a graph and a datasheet, worked out by hand."""
 
 from __future__ import annotations
 
@@ -52,21 +52,38 @@ def test_many_rows_take_what_their_operations_take(
     assert found == pytest.approx(1e3 * share * 2 * ROWS * WIDTH**2 / orin.int8_ops_per_s)
 
 
-def test_one_row_takes_what_its_weights_take(orin: DeviceProfile) -> None:
-    many = product("int8", 1, "int8")
-    node = many.nodes[0]
-    shape = OnnxShape(
-        file_bytes=many.file_bytes,
-        parameters=many.parameters,
-        values={"y": GraphValue(WIDTH, 1, (1, WIDTH))},
-        nodes=(GraphNode(node.op_type, node.inputs, node.outputs, flops=2 * WIDTH**2, kind="int8"),),
-        input_bytes=WIDTH,
-        outputs=("y",),
-        output_bytes=WIDTH,
-        entries=2,
+def one_row(width: int, layers: int) -> OnnxShape:
+    """1 x width times width x width, again and again."""
+    nodes = [
+        GraphNode("QLinearMatMul", (f"x{i}", f"w{i}"), (f"x{i + 1}",), flops=2 * width**2, kind="int8")
+        for i in range(layers)
+    ]
+    return OnnxShape(
+        file_bytes=layers * width**2,
+        parameters=tuple(Parameter(f"w{i}", "int8", width**2) for i in range(layers)),
+        values={f"x{i + 1}": GraphValue(width, 1, (1, width)) for i in range(layers)},
+        nodes=tuple(nodes),
+        input_bytes=width,
+        outputs=(f"x{layers}",),
+        output_bytes=width,
+        entries=2 * layers,
     )
-    found = least_ms(shape, orin, backend(orin, "tensorrt"))
-    assert found == pytest.approx(1e3 * (WIDTH**2 + WIDTH) / orin.peak_bandwidth_bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "mib"), [("jetson-orin", "tensorrt", 32), ("laptop-rtx", "tensorrt-rtx", 64)]
+)
+def test_one_row_takes_what_the_weights_beyond_the_caches_take(device: str, name: str, mib: int) -> None:
+    profile = load_profile(device)
+    found = least_ms(one_row(WIDTH, layers=10), profile, backend(profile, name))
+    assert found == pytest.approx(1e3 * (10 * WIDTH**2 - mib * 2**20) / profile.peak_bandwidth_bytes_per_s)
+
+
+def test_a_small_network_lives_in_the_caches(orin: DeviceProfile) -> None:
+    """Six products of 256 x 256 are computed faster than memory would bring their weights."""
+    found = least_ms(one_row(256, layers=6), orin, backend(orin, "tensorrt"))
+    assert orin.int8_ops_per_s is not None
+    assert found == pytest.approx(1e3 * 6 * 2 * 256**2 / orin.int8_ops_per_s)
 
 
 def test_slower_modes_take_longer(orin: DeviceProfile) -> None:

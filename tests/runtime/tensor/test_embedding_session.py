@@ -127,9 +127,12 @@ def test_tokens_on_the_left(small: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
     for ours, name in (("cls", "cls"), ("last", "lasttoken"), ("mean", "mean")):
         embedding = Embedding(pooling=ours, normalize=False, max_tokens=64)  # type: ignore[arg-type]
-        wanted = theirs(tmp_path, name, normalize=False, max_tokens=64).encode(TEXTS)
+        reference = theirs(tmp_path, name, normalize=False, max_tokens=64)
         with open_small(tmp_path, embedding) as session:
-            np.testing.assert_allclose(session.embed(TEXTS), wanted, rtol=1e-4, atol=1e-4)
+            # What BERT computes depends on where the tokens begin, so the same texts must stand in one run.
+            for texts, size in ((TEXTS, 1), (["battery low", "the gripper holds the cup"], 32)):
+                wanted = reference.encode(texts, batch_size=size)
+                np.testing.assert_allclose(session.embed(texts, batch_size=size), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_graph_of_one_shape(small: Path, tmp_path: Path) -> None:
@@ -155,6 +158,41 @@ def test_a_text_alone_is_the_same_as_among_others(session: EmbeddingSession) -> 
     together = session.embed(TEXTS, batch_size=4)
     for text, vector in zip(TEXTS, together, strict=True):
         np.testing.assert_allclose(session.embed([text])[0], vector, atol=1e-5)
+
+
+def shapes_of_runs(session: EmbeddingSession, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The masks of all runs from now on."""
+    run, masks = session.run, []
+
+    def told(feed: Any) -> Any:
+        masks.append(feed["attention_mask"])
+        return run(feed)
+
+    monkeypatch.setattr(session, "run", told)
+    return masks
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_runs_are_of_like_texts_and_few_tokens(
+    session: EmbeddingSession, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    words = np.random.default_rng(0).integers(1, 90, 300)
+    texts = ["the cup " * int(count) + str(index) for index, count in enumerate(words)]
+    alone = np.concatenate([session.embed([text]) for text in texts])
+    masks = shapes_of_runs(session, monkeypatch)
+    np.testing.assert_allclose(session.embed(texts, batch_size=batch_size), alone, atol=1e-5)
+    assert sum(len(mask) for mask in masks) == len(texts)
+    assert max(len(mask) for mask in masks) <= batch_size
+    assert all(mask.size <= 384 for mask in masks)
+    assert len(masks) < len(texts) / 2
+    assert all(mask.shape[1] - mask.sum(axis=1).min() <= 8 for mask in masks)
+
+
+def test_a_gpu_gets_as_many_rows_as_it_may(session: EmbeddingSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "providers", ("CUDAExecutionProvider", "CPUExecutionProvider"))
+    masks = shapes_of_runs(session, monkeypatch)
+    session.embed(["the cup " * count for count in range(1, 41)])
+    assert [len(mask) for mask in masks] == [32, 8]
 
 
 def test_no_texts_are_no_vectors(session: EmbeddingSession) -> None:

@@ -41,12 +41,13 @@ def test_tensorrt_computes_first_and_cuda_what_it_lacks(tmp_path: Path) -> None:
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
     assert options["trt_max_workspace_size"] == str(1 << 30)
     assert (options["trt_dla_enable"], options["trt_dla_core"]) == ("True", "1")
-    assert options["trt_int8_enable"] == "True"
-    assert "trt_fp16_enable" not in options
+    assert (options["trt_int8_enable"], options["trt_fp16_enable"]) == ("True", "True")
     fixed = (TensorSpec(name="images", dtype="float32", shape=(1, 3, 8, 8)),)
     ((_, plain), _) = gpu_providers(_plan("tensorrt", "fp16"), fixed, cache=tmp_path)
     assert not [name for name in plain if "profile" in name]
     assert plain["trt_fp16_enable"] == "True"
+    ((_, floats), _) = gpu_providers(_plan("tensorrt", "fp32"), fixed, cache=tmp_path)
+    assert not {"trt_int8_enable", "trt_fp16_enable"} & floats.keys()
 
 
 def test_the_other_backends_have_their_own(tmp_path: Path) -> None:

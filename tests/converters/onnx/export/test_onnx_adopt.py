@@ -59,7 +59,7 @@ def test_a_plain_file_is_cleaned_and_compared(tmp_path: Path) -> None:
     exported = adopt_onnx(_save(tmp_path, nodes), tmp_path / "out.onnx")
     assert exported.artifact.architecture == "onnx"
     assert exported.artifact.inputs[0].shape == ("n", 4)
-    assert exported.artifact.opset == 17
+    assert exported.artifact.opset == 20
     graph = onnx.load(exported.path).graph
     assert [node.op_type for node in graph.node] == ["MatMul", "Relu"]
     assert [node.name for node in graph.node] == ["product", "activation"]
@@ -119,9 +119,37 @@ def test_old_opsets_are_raised(tmp_path: Path) -> None:
         helper.make_node("Squeeze", ["y1"], ["y"], axes=[0]),
     ]
     exported = adopt_onnx(_save(tmp_path, nodes, opset=11), tmp_path / "out.onnx")
-    assert exported.artifact.opset == 17
-    assert any("raised from 11 to 17" in note for note in exported.notes)
+    assert exported.artifact.opset == 20
+    assert any("raised from 11 to 20" in note for note in exported.notes)
     assert exported.checks[0].calls == 2
+
+
+def test_an_opset_is_raised_no_further_than_the_target_takes(tmp_path: Path) -> None:
+    mean = helper.make_node("ReduceMean", ["h"], ["m"], axes=[0], keepdims=1)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), mean, helper.make_node("Sub", ["h", "m"], ["y"])]
+    file = _save(tmp_path, nodes, opset=13)
+    for newest, opset in ((None, 20), (24, 20), (19, 19), (13, 13)):
+        exported = adopt_onnx(file, tmp_path / f"{newest}.onnx", newest_opset=newest)
+        assert exported.artifact.opset == opset
+        assert exported.checks[0].calls == 2
+        assert any("raised from 13" in note for note in exported.notes) == (opset > 13)
+
+
+def test_an_opset_that_cannot_be_raised_stays_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _save(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])])
+    with monkeypatch.context() as small:
+        small.setattr("edgeq.converters.onnx.export.adopt._MOST_CONVERTED_BYTES", 0)
+        exported = adopt_onnx(file, tmp_path / "out.onnx")
+        assert exported.artifact.opset == 17
+        assert any("stays 17, less than 20" in n and "cannot be raised: it is larger" in n for n in exported.notes)
+        with pytest.raises(ConversionError, match=r"opset 11 of .* cannot be raised"):
+            adopt_onnx(_save(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], opset=11), tmp_path / "b.onnx")
+    branches = {"then_branch": _body("a", "a_out"), "else_branch": _body("b", "b_out")}
+    yes = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True)))
+    given = [yes, helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("If", ["yes"], ["y"], **branches)]
+    controlled = adopt_onnx(_save(tmp_path, given), tmp_path / "c.onnx")
+    assert controlled.artifact.opset == 17
+    assert any("control flow, whose bodies cannot be raised" in note for note in controlled.notes)
 
 
 def test_weights_that_are_also_inputs_are_no_inputs_afterwards(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def test_means_are_those_of_all_inputs(depthwise: Path) -> None:
         channel_means(depthwise, [{"x": np.full((1, 6, 9, 9), np.nan, np.float32)}])
 
 
+def test_older_opsets_mean_the_same(depthwise: Path) -> None:
+    """ReduceMean takes its axes as an attribute below opset 18."""
+    given = calls(2)
+    expected = channel_means(depthwise, given)
+    model = onnx.load(depthwise)
+    model.opset_import[0].version = 13
+    onnx.save(model, depthwise)
+    np.testing.assert_allclose(channel_means(depthwise, given)["x"], expected["x"])
+
+
 def test_the_shift_is_what_the_errors_let_through() -> None:
     error = np.arange(24, dtype=np.float32).reshape(4, 3, 2, 1)
     means = np.array([1.0, 10.0, 100.0, 2.0, 20.0, 200.0])

@@ -158,14 +158,52 @@ def test_grids_that_halves_cannot_hold_stay_floats(
     assert _build(out) > 0
 
 
-def test_ordinary_scales_and_bfloat16_keep_their_types(tmp_path: Path) -> None:
+def test_ordinary_scales_become_halves(tmp_path: Path) -> None:
     path = _tiny_signal(tmp_path, 0.01)
     assert to_half(path, tmp_path / "half.onnx") == ()
     assert _inputs(tmp_path / "half.onnx", "product") == [_HALF, _HALF]
-    path = _tiny_signal(tmp_path, 1e-12)
-    assert to_half(path, tmp_path / "brain.onnx", dtype="bfloat16") == ()
-    scales = {i.name: i.data_type for i in onnx.load(tmp_path / "brain.onnx").graph.initializer}
-    assert scales["s_half"] == onnx.TensorProto.BFLOAT16
+
+
+def test_grids_that_take_no_halves_stay_beside_their_products(tmp_path: Path) -> None:
+    """Before opset 19 scales are float32: a cast between a grid and its product would take the product out of INT8."""
+    path = _tiny_signal(tmp_path, 0.01)
+    model = onnx.load(path)
+    model.opset_import[0].version = 18
+    onnx.save(model, path)
+    (note,) = to_half(path, tmp_path / "half.onnx")
+    assert "its grids take scales in float16 from opset 19 on, the model has 18" in note
+    graph = onnx.load(tmp_path / "half.onnx").graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    product = next(node for node in graph.node if node.op_type == "MatMul")
+    assert [makers[name] for name in product.input] == ["DequantizeLinear"] * 2
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_numbers_that_vanish_keep_what_divides_by_them_in_floats(tmp_path: Path, root: bool) -> None:
+    """A norm of nothing: in halves the least norm is 0, and the quotient no number."""
+    rng = np.random.default_rng(0)
+    arrays: Arrays = {
+        "w": (rng.standard_normal((8, 8)) * np.float32(1e-3)).astype(np.float32),
+        "bias": np.full(8, 1e-6, np.float32),
+        "axes": np.array([1], np.int64),
+        "least": np.array(1e-12, np.float32),
+    }
+    nodes = [
+        _node("Gemm", "x w bias", "product"),
+        _node("ReduceSumSquare", "x axes", "energy"),
+        _node("Add", "energy least", "above") if root else _node("Clip", "energy least", "above"),
+        *([_node("Sqrt", "above", "norm")] if root else []),
+        _node("Div", "product norm" if root else "product above", "y"),
+    ]
+    path = _saved(tmp_path / "m.onnx", nodes, arrays, (2, 8), [("y", (2, 8))])
+    out = tmp_path / "half.onnx"
+    (note,) = to_half(path, out)
+    assert "2 nodes compute in float32, such as 'above': float16 does not hold 1e-12" in note
+    assert _inputs(out, "product") == [_HALF] * 3
+    for x in (np.zeros((2, 8), np.float32), rng.standard_normal((2, 8)).astype(np.float32)):
+        (expected,), (found,) = _run(path, x), _run(out, x)
+        # A bias of 1e-6 keeps some digits of ten.
+        np.testing.assert_allclose(found, expected, rtol=0.1, atol=1e-4)
 
 
 def test_what_shall_stay_floats_keeps_its_grids(tmp_path: Path) -> None:

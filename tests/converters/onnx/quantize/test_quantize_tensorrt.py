@@ -169,15 +169,6 @@ def test_halves_compute_the_same_with_the_same_inputs_and_outputs(
     assert _build(out, "SM75") > 0
 
 
-def test_bfloat16_is_written_too(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    clean, out = tmp_path / "clean.onnx", tmp_path / "half.onnx"
-    clean_for(tiny("vit"), clean, _TRT)
-    to_half(clean, out, dtype="bfloat16")
-    kinds = Counter(i.data_type for i in onnx.load(out).graph.initializer)
-    assert kinds[TensorProto.BFLOAT16] > 10
-    assert _build(out, "SM86") > 0
-
-
 def test_constants_beyond_halves_are_cut_and_named(tmp_path: Path, run_model: Callable[..., NDArray[Any]]) -> None:
     graph = helper.make_graph(
         [helper.make_node("Add", ["x", "mask"], ["a"]), helper.make_node("Softmax", ["a"], ["y"], axis=-1)],
