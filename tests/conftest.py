@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 # Machines that run tests are loaded; how long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("edgeq", deadline=None)
 hypothesis.settings.load_profile("edgeq")
+
+# A shell that runs tests in the background ignores Ctrl-C for all that it starts; the tests of interrupts are about it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import struct
 from pathlib import Path
 
 import pytest
 
 from edgeq.cli.parser import build_parser
-from edgeq.cli.tensor_arguments import refuse_language_options, refuse_tensor_options, tensor_job_from
+from edgeq.cli.tensor_arguments import (
+    refuse_language_options,
+    refuse_other_kind,
+    refuse_tensor_options,
+    tensor_job_from,
+)
 from edgeq.errors import UsageError
 
 
@@ -49,6 +56,7 @@ def test_everything_given_arrives(tmp_path: Path) -> None:
         ["--min-coverage", "0"],
         ["--percentile", "101"],
         ["--min-top1", "x"],
+        ["--keep-float", "("],
     ],
 )
 def test_nonsense_is_one_line(words: list[str]) -> None:
@@ -69,3 +77,23 @@ def test_options_of_the_other_kind_are_refused() -> None:
         refuse_tensor_options(parsed("--max-latency", "33ms"))
     refuse_language_options(parsed())
     refuse_tensor_options(parsed())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words", "told"),
+    [
+        ("ResNetForImageClassification", ["--minimize", "bytes"], "--minimize is for language models"),
+        ("LlamaForCausalLM", ["--min-cosine", "2"], "--min-cosine is for others"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused_before_they_are_looked_into(
+    tmp_path: Path, architecture: str, words: list[str], told: str
+) -> None:
+    tensors = b'{"w": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}'
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(tensors)) + tensors + bytes(4))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "any"}))
+    for command in ("plan", "convert"):
+        args = build_parser().parse_args([command, str(tmp_path), "--target", "laptop-cpu", *words])
+        with pytest.raises(UsageError, match=told):
+            refuse_other_kind(args)
+    refuse_other_kind(parsed(*words))  # of a model that is not here nothing is known yet

@@ -197,6 +197,16 @@ def test_neither_path_nor_id(ref: str, tmp_path: Path, monkeypatch: pytest.Monke
         resolve(ref)
 
 
+@pytest.mark.parametrize("ref", ["nope.onnx", "models/nope.onnx", "models/nope.GGUF"])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
+    ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="neither a folder nor a file here") as caught:
+        resolve(ref)
+    assert "id" not in caught.value.remedy.split()
+
+
 def test_revision_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no revision"):
         resolve(str(write_folder(tmp_path)), revision="main")

@@ -252,6 +252,32 @@ def test_an_archive_with_more_than_arrays_is_refused(tmp_path: Path) -> None:
         list(read_inputs(path, artifact(("x", "float32", ("batch", 6))), None, 5))
 
 
+def test_what_a_model_takes_is_said_before_its_settings_are_missed(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "sentences.txt").write_text("A robot.")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    with pytest.raises(UsageError, match="takes no texts: pixel_values float32") as caught:
+        read_inputs(tmp_path / "sentences.txt", pixels("batch", 3, 8, 8), bare, 1)
+    assert "folder of images" in caught.value.remedy
+    with pytest.raises(UsageError, match="takes no images: input_ids int32") as caught:
+        read_inputs(images, TEXT, bare, 1)
+    assert "a text a line" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("size", "remedy"),
+    [
+        ("batch", "Save it with the shape (n, 6), a row for each input"),
+        (4, "Save it with the shape (n, 6), a row for each input; one call takes 4 rows"),
+    ],
+)
+def test_arrays_of_a_wrong_shape_say_what_to_save(tmp_path: Path, size: int | str, remedy: str) -> None:
+    np.savez(tmp_path / "saved.npz", x=np.zeros((32, 1, 6), np.float32))
+    with pytest.raises(UsageError, match=r"saved.npz: the input 'x' has the shape \(32, 1, 6\)") as caught:
+        list(read_inputs(tmp_path, artifact(("x", "float32", (size, 6))), None, 5))
+    assert caught.value.remedy == remedy
+
+
 @pytest.mark.parametrize(
     ("array", "shape"), [(np.zeros((3, 8, 8)), r"\(3, 8, 8\)"), (np.zeros((5, 8, 8, 3)), r"\(5, 8, 8, 3\)")]
 )

@@ -146,7 +146,7 @@ def test_a_relu_that_the_grid_takes_over_is_part_of_the_layer(make_network: Make
     layers = compare_layers(path, other, images)
     assert [layer.name for layer in layers] == ["r1", "c2", "sum", "r2", "pool", "logits"]
     first = layers[0]
-    assert (first.node, first.op_type, first.quantized) == ("node_c1", "Conv", True)
+    assert (first.node, first.op_type, first.quantized) == ("node_c1", "Conv", False)
     found = [call["r1_read"] for call in tensors(other, ["r1_read"], images)]
     expected = [call["r1"] for call in tensors(path, ["r1"], images)]
     assert first.noise == pytest.approx(noise(expected, found), rel=1e-3)
@@ -154,6 +154,43 @@ def test_a_relu_that_the_grid_takes_over_is_part_of_the_layer(make_network: Make
     assert first.alone == first.noise > 1e-6
     assert max(layer.alone for layer in layers[1:]) < 1e-10
     assert min(layer.noise for layer in layers[1:]) > 1e-9
+
+
+def test_a_layer_whose_result_is_rounded_computes_in_floats(tmp_path: Path) -> None:
+    """A bias is added by the integer product, Tanh is rounded for the next one, and that reads integers."""
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    weights = {name: rng.integers(-127, 128, (8, 8), np.int8) for name in ("w1", "w2")}
+    step, bias = np.array(0.01, np.float32), rng.standard_normal(8).astype(np.float32)
+    floats = {name: step * values.astype(np.float32) for name, values in weights.items()}
+    plain = [
+        helper.make_node("MatMul", ["x", "w1"], ["m"], name="first"),
+        helper.make_node("Add", ["m", "b"], ["a"], name="bias"),
+        helper.make_node("Tanh", ["a"], ["t"]),
+        helper.make_node("MatMul", ["t", "w2"], ["y"]),
+    ]
+    fused = ["x_integers", "w1", "step", "step", "zero", "weight_zero", "b"]
+    integers = [
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["x_integers"]),
+        helper.make_node("MatMulIntegerToFloat", fused, ["a"], domain="com.microsoft"),
+        helper.make_node("Tanh", ["a"], ["t"]),
+        helper.make_node("QuantizeLinear", ["t", "step", "zero"], ["t_integers"]),
+        helper.make_node("DequantizeLinear", ["t_integers", "step", "zero"], ["t_read"]),
+        helper.make_node("DequantizeLinear", ["w2", "step", "weight_zero"], ["w2_read"]),
+        helper.make_node("MatMul", ["t_read", "w2_read"], ["y"]),
+    ]
+    zeros = {"step": step, "zero": np.array(128, np.uint8), "weight_zero": np.array(0, np.int8)}
+    models = {"plain": (plain, {**floats, "b": bias}), "integers": (integers, {**weights, **zeros, "b": bias})}
+    for name, (nodes, values) in models.items():
+        ends = [[helper.make_tensor_value_info(end, 1, [4, 8])] for end in ("x", "y")]
+        given = [onnx.numpy_helper.from_array(value, key) for key, value in values.items()]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        graph = helper.make_graph(nodes, name, *ends, given)
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / f"{name}.onnx")
+    feeds = {"x": rng.uniform(-1, 1, (4, 8)).astype(np.float32)}
+    layers = compare_layers(tmp_path / "plain.onnx", tmp_path / "integers.onnx", [feeds])
+    found = [(layer.name, layer.op_type, layer.quantized) for layer in layers]
+    assert found == [("a", "MatMul", True), ("t", "Tanh", False), ("y", "MatMul", True)]
+    assert layers[0].node == "first"
 
 
 def test_half_precision_is_compared_in_its_own_type(make_network: MakeNetwork, images: list[Feeds]) -> None:

@@ -175,3 +175,28 @@ def test_without_tensorrt_a_note_says_that_no_engine_is_shipped(
     manifest = edgeq.convert_tensor(job("laptop-rtx"), tmp_path / "grasp").tensor
     assert not {file.role for file in manifest.files} & {"engine", "engine-info"}
     assert any("no engine is shipped" in note for note in manifest.plan.notes)
+
+
+class Detector(torch.nn.Module):  # type: ignore[misc,name-defined]
+    """Five queries of four independent classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.classes, self.boxes = network(), torch.nn.Linear(4, 20), torch.nn.Linear(4, 20)
+
+    def forward(self, image: Any) -> tuple[Any, Any]:
+        found = self.net(image)
+        return self.classes(found).view(1, 5, 4), self.boxes(found).view(1, 5, 4).sigmoid()
+
+
+def test_classes_of_a_detector_without_names_are_counted(tmp_path: Path) -> None:
+    outputs = ("logits", "pred_boxes")
+    source = edgeq.ModuleSource(Detector(), EXAMPLE, task="object-detection", output_names=outputs)
+    gate = edgeq.Gate(min_cosine=0.5, min_detection_map=0, min_coverage=0.1)
+    found = edgeq.convert_tensor(job(model=source, precision="int8-dynamic", gate=gate), tmp_path / "found").tensor
+    assert found.artifact.labels == ()
+    assert found.quality is not None
+    assert found.quality.detection_map is not None
+    unknown = edgeq.ModuleSource(Detector(), EXAMPLE, task="object-detection", output_names=("a", "b"))
+    with pytest.raises(UsageError, match="Nothing says how many classes"):
+        edgeq.convert_tensor(job(model=unknown, gate=gate), tmp_path / "unknown")

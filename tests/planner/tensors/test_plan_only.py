@@ -10,13 +10,14 @@ import pytest
 
 from edgeq.cli import main
 from edgeq.cli.describe_tensor_plan import preview_lines
-from edgeq.errors import BudgetError, UsageError
+from edgeq.errors import BudgetError, ProfileError, UsageError
 from edgeq.planner.tensors.convert import convert_tensor
 from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
 from edgeq.planner.tensors.memory_budget import sizes_that_fit
 from edgeq.planner.tensors.plan_only import TensorPreview, plan_tensor
 from edgeq.tensor_types import AxisRange
 from edgeq.types import Budget, from_json
+from edgeq.units import parse_bytes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -152,10 +153,33 @@ def test_the_command_shows_and_prints_it(exported: Path, capsys: pytest.CaptureF
     words = ["plan", str(exported), "--target", "jetson-orin", "--threads", "1", "--max-memory", "2GiB"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    for part in ("int8-static", "rejected int8-dynamic", "peak memory", "would pass", "may pass", "≥"):
+    for part in ("int8-static", "rejected int8-dynamic", "peak memory", "would pass", "may pass", "≳"):
         assert part in shown
     assert main([*words, "--json"]) == 0
     assert from_json(capsys.readouterr().out.encode(), TensorPreview).plan.backend == "tensorrt"
+
+
+def test_every_device_is_previewed(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = job(exported, precision="int8-static", also_for=("jetson-orin",))
+    preview = plan_tensor(wanted, tmp_path / "plan", decide=False)
+    assert (preview.built_for, preview.plan.backend) == ("laptop-cpu", "onnxruntime-cpu")
+    (other,) = preview.others
+    assert (other.built_for, other.plan.backend, other.plan.activations) == ("jetson-orin", "tensorrt", "s8")
+    assert other == plan_tensor(job(exported, "jetson-orin", precision="int8-static"), tmp_path / "plan", decide=False)
+    assert "for tensorrt of jetson-orin" in "\n".join(preview_lines(preview))
+    for device, code in (("no-such-device", ProfileError.exit_code), ("laptop-cpu", UsageError.exit_code)):
+        assert main(["plan", str(exported), "--target", "laptop-cpu", "--also-for", device]) == code
+        assert device in capsys.readouterr().err
+
+
+def test_the_limit_that_is_advised_is_enough(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError) as caught:
+        plan_tensor(job(exported, memory=MIB), tmp_path / "plan", decide=False)
+    advised = parse_bytes(caught.value.remedy.partition("raise --max-memory to ")[2])
+    found = plan_tensor(job(exported, memory=advised), tmp_path / "plan", decide=False)
+    assert advised - MIB / 10 < found.plan.predicted.peak_memory_bytes <= advised
+    with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes at its peak .* the limit is [\d,]+ bytes"):
+        plan_tensor(job(exported, memory=found.plan.predicted.peak_memory_bytes - 1), tmp_path / "plan", decide=False)
 
 
 def test_options_of_language_models_are_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeq.errors import UsageError
+from edgeq.errors import ProfileError, UsageError
 from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
-from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_unmeasured
+from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_uncounted, refuse_unmeasured
+from edgeq.tensor_types import TensorArtifact
 
 
 def _job(**fields: Any) -> TensorJob:
@@ -69,3 +70,20 @@ def test_top1_of_what_has_no_classes() -> None:
         refuse_unmeasured(Gate(min_top1=0.9), "tensor")
     refuse_unmeasured(Gate(min_top1=0.9), "image-classification")
     refuse_unmeasured(Gate(), "tensor")
+
+
+def test_a_detector_whose_classes_nobody_counts() -> None:
+    detector = TensorArtifact(architecture="Any", task="object-detection", opset=20, inputs=(), outputs=())
+    with pytest.raises(UsageError, match="Nothing says how many classes the detector has") as caught:
+        refuse_uncounted(detector, None)
+    assert "id2label" in caught.value.remedy
+    refuse_uncounted(detector, 4)
+
+
+def test_devices_and_patterns() -> None:
+    with pytest.raises(UsageError, match="made for jetson-orin already"):
+        refuse_contradictions(_job(also_for=("jetson-orin", "jetson-orin")))
+    with pytest.raises(ProfileError, match="no-such-device"):
+        refuse_contradictions(_job(also_for=("no-such-device",)))
+    with pytest.raises(UsageError, match=r"'\(' is no regular expression"):
+        refuse_contradictions(_job(keep_float=("head", "(")))

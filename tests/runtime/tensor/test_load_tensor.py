@@ -42,6 +42,8 @@ def test_a_bundle_is_loaded_as_it_was_planned(linear_onnx: Path, make_tensor_bun
         ({"threads": 0}, UsageError, "0 threads"),
         ({"context_tokens": 5}, UsageError, "context_tokens=5 means nothing"),
         ({"kind": "llm"}, BundleError, "holds no language model"),
+        ({"kind": "nope"}, UsageError, "no kind 'nope'"),
+        ({"device": "jetson-orin"}, BundleError, "not made for 'jetson-orin'"),
         ({"kind": "embedding"}, BundleError, "holds no text encoder"),
         ({"providers": ["NoSuchProvider"]}, SessionError, "NoSuchProvider"),
         ({"cores": [99999]}, UsageError, "CPU 99999"),
@@ -52,6 +54,13 @@ def test_what_a_bundle_of_tensors_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         edgeq.load(make_tensor_bundle(linear_onnx), **arguments)
+
+
+def test_a_device_may_be_called_by_an_alias(linear_onnx: Path, make_tensor_bundle: Any) -> None:
+    bundle = make_tensor_bundle(linear_onnx)
+    for name in ("laptop-cpu", "laptop", "Laptop"):
+        with edgeq.load(bundle, kind="tensor", device=name) as session:
+            assert session.manifest.built_for == "laptop-cpu"
 
 
 @pytest.mark.parametrize("arguments", [{"cores": [0]}, {"providers": ["CPUExecutionProvider"]}, {"kind": "tensor"}])

@@ -32,7 +32,7 @@ def test_an_engine_comes_out_of_the_process(tiny: ModuleType, tmp_path: Path) ->
     )
     assert info.size_bytes == out.stat().st_size
     assert info.peak_memory_bytes is not None
-    assert 50 << 20 < info.peak_memory_bytes < likely_peak_bytes(graph)
+    assert 50 << 20 < info.peak_memory_bytes < 1.5 * likely_peak_bytes(graph)
     assert all(seconds > 0 for seconds, _ in told)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgeq.converters.onnx.export.embedding import bundle_files, class_labels, read_config, read_embedding
+from edgeq.converters.onnx.export.embedding import bundle_files, class_count, class_labels, read_config, read_embedding
 from edgeq.errors import SourceError
 from edgeq.tensor_types import Embedding
 
@@ -125,3 +125,10 @@ def test_damaged_settings_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SourceError, match="no valid JSON"):
         read_config(tmp_path)
+
+
+def test_classes_are_counted_without_names() -> None:
+    assert class_count({"id2label": {str(index): f"LABEL_{index}" for index in range(4)}, "num_labels": 9}) == 4
+    assert class_count({"num_labels": 3}) == 3
+    assert class_count({"id2label": {}, "num_labels": True}) is None
+    assert class_count({}) is None

@@ -116,6 +116,7 @@ def test_an_independent_call_agrees_with_transformers(
     folder, exported = tiny_model("bert-classifier"), exported_model("bert-classifier")
     assert [spec.name for spec in exported.artifact.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
     assert exported.artifact.labels == ("cup", "door", "person")
+    assert exported.n_classes == 3
     ids = np.array([[5, 17, 30, 2, 0], [5, 9, 2, 0, 0], [7, 7, 7, 7, 7]], np.int64)
     mask = (ids != 0).astype(np.int64)
     types = np.array([[0, 0, 1, 1, 0]] * 3, np.int64)
