@@ -66,7 +66,9 @@ def resolve(
             return _from_gguf(path.resolve())
         except OSError as error:
             raise _unreadable(error, path) from error
-    if not _HUB_ID.fullmatch(ref) or ref.endswith((".gguf", ".git", ".safetensors")):
+    if ref.lower().endswith((".onnx", ".gguf", ".safetensors")):
+        raise SourceError(f"{ref!r} is neither a folder nor a file here", "Check the path and its spelling")
+    if not _HUB_ID.fullmatch(ref) or ref.endswith(".git"):
         raise SourceError(
             f"{ref!r} is neither a folder nor a file here, nor a hub id of the form owner/name",
             "Check the path, or write the id as on the model's page, such as HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -194,6 +194,7 @@ class TensorPrediction(Record, frozen=True, kw_only=True):
         runtime_bytes: interpreter, libraries, driver.
         peak_memory_bytes: of the serving process.
         latency_ms: of one call at the usual sizes; None where nothing could be predicted.
+        latency_is_floor: whether that is the least which datasheet figures allow, and no prediction.
     """
 
     file_bytes: Count
@@ -202,6 +203,7 @@ class TensorPrediction(Record, frozen=True, kw_only=True):
     runtime_bytes: Count
     peak_memory_bytes: Count
     latency_ms: float | None = None
+    latency_is_floor: bool = False
 
 
 class TensorPlan(Record, frozen=True, kw_only=True):

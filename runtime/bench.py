@@ -102,9 +102,10 @@ def run_bench(
 
 def _for_one_device(opened: Bundle, device: str | None) -> Bundle:
     """The bundle as `edgeq.load` takes it here."""
-    from edgeq.runtime.tensor.devices import fitting_device
+    from edgeq.runtime.tensor.devices import fitting_device, named_device
 
-    return opened.made_for(fitting_device(opened.tensor) if device is None else device)
+    manifest = opened.tensor
+    return opened.made_for(fitting_device(manifest) if device is None else named_device(manifest, device))
 
 
 def _report(opened: Bundle, subject: Subject[L, S], conditions: Conditions, tell: Progress) -> Report:

@@ -6,14 +6,14 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 from edgeq.bundle import Bundle, open_bundle
 from edgeq.errors import BundleError, UsageError
 from edgeq.llama_library import check_threads
 from edgeq.runtime.engine import EngineSettings
 from edgeq.runtime.llm import LLMSession
-from edgeq.runtime.tensor.devices import fitting_device
+from edgeq.runtime.tensor.devices import fitting_device, named_device
 from edgeq.runtime.tensor.embedding import EmbeddingSession
 from edgeq.runtime.tensor.engine import Engine, OnnxEngine, TensorrtEngine
 from edgeq.runtime.tensor.session import TensorSession
@@ -93,19 +93,22 @@ def load(
         cores: of a model that is called with arrays, CPUs to stay on; see `TensorSettings`.
         providers: of a model that is called with arrays, what ONNX Runtime computes with; None for what the bundle
             was made for, which may be TensorRT itself; its engine is then built on the first load.
-        device: of a model that is called with arrays and made for several devices, the one whose graph to take, as
-            `TensorManifest.devices` names it; None for the first that this machine can run.
+        device: of a model that is called with arrays and made for several devices, the one whose graph to take, by
+            its name in `TensorManifest.devices` or an alias of that profile; None for the first that this machine can
+            run.
         verify: hash all files first.
 
     Raises:
         BundleError: no bundle, one that was changed, one of another kind, or one that was not made for that device.
-        UsageError: more context than planned, a number of threads outside of 1 to 512, CPUs that this process may not
-            use, or an argument that this kind of bundle has no use for.
+        UsageError: no such kind, more context than planned, a number of threads outside of 1 to 512, CPUs that this
+            process may not use, or an argument that this kind of bundle has no use for.
         SessionError: the model cannot be loaded, memory is too small, ONNX Runtime lacks a provider, or there is no GPU
             for an engine of TensorRT.
         MissingPackageError: llama-cpp-python, onnxruntime or ``tokenizers`` is not installed.
     """
     started = time.perf_counter()
+    if kind is not None and kind not in get_args(Kind):
+        raise UsageError(f"There is no kind {kind!r}", f"Choose one of {', '.join(get_args(Kind))}, or leave it out")
     opened = open_bundle(bundle, verify=verify)
     if threads is not None:
         check_threads(threads)
@@ -113,7 +116,8 @@ def load(
         _refuse(cores=tuple(cores), providers=tuple(providers or ()), device=device)
         return _load_llm(opened, threads, context_tokens, started)
     _refuse(context_tokens=context_tokens)
-    chosen = fitting_device(opened.tensor, providers) if device is None else device
+    manifest = opened.tensor
+    chosen = fitting_device(manifest, providers) if device is None else named_device(manifest, device)
     return _load_tensor(opened.made_for(chosen), kind, threads, cores, providers, started)
 
 

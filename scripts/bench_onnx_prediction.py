@@ -75,6 +75,7 @@ print(json.dumps({"peak_bytes": peak, "latency_ms": times[len(times) // 2]}))
 
 MEMORY_CHILD = """
 import sys
+import edgeq.runtime.session, edgeq.runtime.tensor.session  # what a server imports
 import numpy as np
 from edgeq.profiles.onnx.session import open_onnx_session
 

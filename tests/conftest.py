@@ -425,7 +425,7 @@ def make_tensor_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeTensorBu
             write_samples(folder / "samples.npz", samples)
             files.append(describe_file(folder, "samples.npz", "samples"))
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        zeros = dict.fromkeys(
+        zeros: dict[str, Any] = dict.fromkeys(
             ("file_bytes", "weights_bytes", "activation_bytes", "runtime_bytes", "peak_memory_bytes"), 0
         )
         settings: dict[str, Any] = {"backend": "onnxruntime-cpu", "scheme": "fp32", "threads": 1}

@@ -32,6 +32,7 @@ __all__ = [
     "MetricError",
     "compare_outputs",
     "has_classes",
+    "has_detections",
 ]
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -65,6 +66,11 @@ class MetricError(ConversionError):
 def has_classes(task: str) -> bool:
     """Whether the answers of a task are classes, so that the share of the same ones is measured."""
     return task in _DECIDING
+
+
+def has_detections(task: str | None) -> bool:
+    """Whether the answers of a task are detections, which are compared by boxes and classes."""
+    return task == _DETECTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +225,7 @@ def compare_outputs(  # noqa: PLR0913 - what to judge by is optional
         SessionError: ONNX Runtime cannot load the float model.
         MissingPackageError: the package onnx or onnxruntime is not installed.
     """
-    if task == _DETECTION and classes is None:
+    if has_detections(task) and classes is None:
         raise UsageError("Detections cannot be compared without the number of classes", "Say how many there are")
     specs = input_specs(read_skeleton(reference).model)
     read_skeleton(candidate)  # refuses data outside of its folder
@@ -280,7 +286,7 @@ class _Judges:
     ) -> None:
         self._decides, self._of_pixels = task is not None and has_classes(task), task in _OF_PIXELS
         self._derived = derived
-        self._classes = classes if task == _DETECTION else None
+        self._classes = classes if has_detections(task) else None
         self._metric = metric
         self._outputs: dict[str, Agreement] = {}
         self._same, self._decisions = 0, 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,12 @@ _MOVES = frozenset(
     ]
 )
 _FOLDED = frozenset(["Clip", "Relu"])  # what the limits of a grid can do
-_QUANTIZED = frozenset(
+_ROUNDS = frozenset(["DequantizeLinear", "QuantizeLinear"])
+# They compute on integers, or on weights that are stored so.
+_INTEGER = frozenset(
     [
         "ConvInteger",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
+        "DynamicQuantizeLSTM",
         "DynamicQuantizeMatMul",
         "GatherBlockQuantized",
         "MatMulBnb4",
@@ -75,8 +76,14 @@ _QUANTIZED = frozenset(
         "MatMulNBits",
         "QAttention",
         "QGemm",
-        "QuantizeLinear",
     ]
+)
+_NARROW = frozenset([2, 3, 17, 21, 22])  # TensorProto.DataType: UINT8, INT8, FLOAT8E4M3FN, UINT4, INT4
+# Likewise, if they read such numbers or what they stand for.
+_PRODUCTS = frozenset(["Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"])
+# Likewise, if all that they read and what they make is on grids.
+_BETWEEN_GRIDS = frozenset(
+    ["Add", "AveragePool", "Clip", "GlobalAveragePool", "LeakyRelu", "MaxPool", "Mul", "Relu", "Sigmoid"]
 )
 
 
@@ -85,9 +92,11 @@ class LayerError(Record, frozen=True, kw_only=True):
 
     Attributes:
         name: of the tensor that it makes.
-        node: of the node that makes it in the float model.
+        node: of the node that makes it in the float model. Where that adds to a product or to rows of a table which the
+            quantized model never holds by themselves, of that one.
         op_type: of that node.
-        quantized: whether the layer reads quantized inputs or weights.
+        quantized: whether it computes on integers or on quantized weights; that its result is rounded for others is
+            not enough.
         cosine: accumulated, mean over the calls.
         noise: accumulated: energy of the error over energy of the float model's tensor.
         alone: likewise, of the layer alone.
@@ -204,13 +213,22 @@ def _shared(reference: CutModel, candidate: CutModel) -> dict[str, _Shared]:
             and followers[0].output[0] not in candidate.makers
         )
         # A grid that ends at zero takes over a ReLU: what is read is that one's output.
-        shared[followers[0].output[0] if folded else name] = _Shared(node, read_as)
+        shared[followers[0].output[0] if folded else name] = _Shared(_product(reference, candidate, node), read_as)
     if not shared:
         raise ConversionError(
             "The models have no tensor in common, so their layers cannot be compared",
             "Compare a model with the float model that it was made from",
         )
     return shared
+
+
+def _product(reference: CutModel, candidate: CutModel, node: onnx.NodeProto) -> onnx.NodeProto:
+    """What an Add of the float model adds to, if it is a product or a look-up that the candidate has not by itself."""
+    makers = [reference.nodes[reference.makers[read]] for read in node.input if read in reference.makers]
+    fused = [
+        maker for maker in makers if maker.op_type in ("Gather", "MatMul") and maker.output[0] not in candidate.makers
+    ]
+    return fused[0] if node.op_type == "Add" and fused else node
 
 
 def _readers(model: CutModel) -> dict[str, list[int]]:
@@ -249,6 +267,7 @@ class _Layers:
         ordered = sorted(read_as, key=lambda name: model.makers[read_as[name][0]])
         pieces = {name: _piece(model, read_as[name][0], stops) for name in ordered}
         last = {read: name for name in ordered for read in pieces[name].reads}
+        self._model = model
         self._layers: dict[str, _Layer] = {}
         for name, piece in pieces.items():
             held = {*read_as[name], *piece.reads} & stops
@@ -285,7 +304,7 @@ class _Layers:
             name=name,
             node=node.name,
             op_type=node.op_type,
-            quantized=any(_is_quantized(inner) for inner in layer.piece.nodes),
+            quantized=_computes_quantized(self._model, layer.piece, layer.names[0]),
             cosine=layer.accumulated.mean_cosine,
             noise=layer.accumulated.noise,
             alone=layer.alone.noise,
@@ -310,5 +329,37 @@ def _piece(model: CutModel, name: str, stops: frozenset[str]) -> Piece:
     return model.piece([n for n in places if not model.is_constant(n)], [name])
 
 
-def _is_quantized(node: onnx.NodeProto) -> bool:
-    return node.op_type in _QUANTIZED or node.op_type.startswith("QLinear")
+def _computes_quantized(model: CutModel, piece: Piece, name: str) -> bool:
+    """Whether what makes a value computes on integers or on quantized weights, its rounding for others aside."""
+    behind: set[str] = set()
+    while name in model.makers and model.nodes[model.makers[name]].op_type in _ROUNDS:
+        behind.add(name)
+        name = model.nodes[model.makers[name]].input[0]
+    stored = {weight.name for weight in piece.weights if weight.data_type in _NARROW}
+    return any(
+        _is_quantized(model, node, stored, rounded=bool(behind) and node.output[0] == name)
+        for node in piece.nodes
+        if node.output[0] not in behind
+    )
+
+
+def _is_quantized(model: CutModel, node: onnx.NodeProto, stored: Set[str], *, rounded: bool) -> bool:
+    if node.op_type in _INTEGER or node.op_type.startswith("QLinear"):
+        return True
+    if node.op_type in _PRODUCTS:
+        return any(read in stored or _is_dequantized(model, read) for read in node.input[:2])
+    given = [read for read in node.input if read and read not in model.constants]
+    between = rounded and node.op_type in _BETWEEN_GRIDS and bool(given)
+    return between and all(_is_dequantized(model, read) for read in given)
+
+
+def _is_dequantized(model: CutModel, name: str) -> bool:
+    """Whether a value is made of integers by nothing but a scale."""
+    while name in model.makers:
+        node = model.nodes[model.makers[name]]
+        if node.op_type == "DequantizeLinear":
+            return True
+        if node.op_type not in _MOVES or not node.input:
+            return False
+        name = node.input[0]
+    return False

@@ -15,6 +15,7 @@ from edgeq.cli.tensor_arguments import (
     add_tensor_arguments,
     is_called_with_arrays,
     refuse_language_options,
+    refuse_other_kind,
     refuse_tensor_options,
     tensor_job_from,
 )
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.planner.output import settled_output
 
     out = args.output or default_output(args.model, device_of(args))
+    refuse_other_kind(args)
     # What makes no sense is refused before a model is looked for, and perhaps downloaded.
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     settled_output(out, force=args.force)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from edgeq.cli.describe import sections
 from edgeq.cli.tables import format_table
-from edgeq.units import format_bytes
+from edgeq.types import BUDGET_LINES
+from edgeq.units import format_bytes, format_quantity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         TensorSpec,
         TensorVariant,
     )
-    from edgeq.types import ModelSource
+    from edgeq.types import Budget, ModelSource
 
 __all__ = ["coverage_lines", "layer_lines", "plan_head_lines", "tensor_lines", "tensor_quality_lines"]
 
@@ -63,6 +64,8 @@ def _plan(plan: TensorPlan, built_for: str) -> list[str]:
     activations = {"u8": ", unsigned activations", "s8": ", signed activations", None: ""}[plan.activations]
     speed = "" if plan.speedup is None else f", {plan.speedup:.2f} times as fast as the float model here"
     lines = [f"plan     {plan.scheme}{activations}, for {plan.backend} of {built_for}{speed}"]
+    if plan.backend == "onnxruntime-cpu":
+        lines.append(f"threads  {plan.threads or 'as many as the machine has physical cores'}")
     for name, sizes in plan.axes.items():
         lines.append(f"axis     {name}: {sizes.least} to {sizes.most}, usually {sizes.usual}")
     kept = list(plan.float_nodes.items())
@@ -86,7 +89,7 @@ def layer_lines(layers: Sequence[LayerError]) -> list[str]:
         [
             layer.name,
             layer.op_type,
-            "int8" if layer.quantized else "",
+            "quantized" if layer.quantized else "",
             _decibels(layer.alone_sqnr_db),
             _decibels(layer.sqnr_db),
             f"{layer.cosine:.4f}",
@@ -94,7 +97,7 @@ def layer_lines(layers: Sequence[LayerError]) -> list[str]:
         ]
         for layer in layers
     ]
-    table = format_table(["layer", "operator", "", "alone", "accumulated", "cosine", ""], rows, right=[3, 4, 5])
+    table = format_table(["layer", "operator", "computed", "alone", "accumulated", "cosine", ""], rows, right=[3, 4, 5])
     return ["signal to noise of each layer alone, and of all up to it; < marks those that add most", *table]
 
 
@@ -145,6 +148,16 @@ def tensor_quality_lines(found: TensorQuality) -> list[str]:
 
 def _prediction(made: TensorManifest | TensorVariant) -> list[str]:
     predicted = made.plan.predicted
-    latency = "" if predicted.latency_ms is None else f", {predicted.latency_ms:.1f} ms a call"
+    least = "≳ " if predicted.latency_is_floor else ""
+    latency = "" if predicted.latency_ms is None else f", {least}{format_quantity(predicted.latency_ms, 'ms')} a call"
     file, peak = format_bytes(predicted.file_bytes), format_bytes(predicted.peak_memory_bytes)
-    return [f"predicted: file {file}, peak memory {peak}{latency}"]
+    return [f"predicted: file {file}, peak memory {peak}{latency}", f"budget: {_limits(made.budget)}"]
+
+
+def _limits(budget: Budget) -> str:
+    told = [
+        f"{line.label} {'≤' if line.at_most else '≥'} {format_quantity(limit, line.unit)}"
+        for line in BUDGET_LINES
+        if (limit := budget.limit(line)) is not None
+    ]
+    return ", ".join(told) or "no limits"

@@ -19,7 +19,7 @@ _NONE = "-"
 
 
 def preview_lines(preview: TensorPreview) -> list[str]:
-    """The model, the decisions, what each precision would take, coverage, and the budget."""
+    """The model, the decisions, what each precision would take, coverage, and the budget, for each device."""
     head = plan_head_lines(preview.source, preview.artifact, preview.plan, preview.built_for)
     return sections(
         head,
@@ -27,6 +27,7 @@ def preview_lines(preview: TensorPreview) -> list[str]:
         [] if preview.coverage is None else coverage_lines(preview.coverage),
         [] if preview.quality is None else tensor_quality_lines(preview.quality),
         _budget(preview),
+        *(preview_lines(other) for other in preview.others),
     )
 
 

@@ -15,6 +15,7 @@ from edgeq.cli.tensor_arguments import (
     add_tensor_arguments,
     is_called_with_arrays,
     refuse_language_options,
+    refuse_other_kind,
     refuse_tensor_options,
     tensor_job_from,
 )
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.planner.job import profile_of
     from edgeq.types import to_json
 
+    refuse_other_kind(args)
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     _check_front(job, args)
     check_export(args)

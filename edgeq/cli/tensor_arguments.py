@@ -16,6 +16,7 @@ __all__ = [
     "add_tensor_arguments",
     "is_called_with_arrays",
     "refuse_language_options",
+    "refuse_other_kind",
     "refuse_tensor_options",
     "tensor_job_from",
 ]
@@ -123,22 +124,49 @@ def refuse_language_options(args: argparse.Namespace) -> None:
     refuse_options(args, _LANGUAGE_ONLY, f"{args.model} is called with arrays", "for language models")
 
 
+def refuse_other_kind(args: argparse.Namespace) -> None:
+    """Refuse options of the other kind before they are looked into, where the model lies on this disk.
+
+    Raises:
+        EdgeqError: such an option was given, or the model cannot be read.
+    """
+    given = [name for name in (*_TENSOR_ONLY, *_LANGUAGE_ONLY) if getattr(args, name, None) not in (None, [])]
+    if not given or not _lies_here(args.model):
+        return
+    if is_called_with_arrays(args):
+        refuse_language_options(args)
+    else:
+        _refuse_arrays_only(args)
+
+
+def _lies_here(model: str) -> bool:
+    path = Path(model)
+    try:
+        return (path.suffix.lower() == ".onnx" and path.is_file()) or (path / "config.json").is_file()
+    except OSError:  # what is wrong is said where the model is looked for
+        return False
+
+
 def refuse_tensor_options(args: argparse.Namespace) -> None:
     """Refuse, rather than ignore, what a language model does not have; calibration inputs that are no text among it."""
     from edgeq.converters.calibration.texts import check_text_file
 
-    refuse_options(args, _TENSOR_ONLY, f"{args.model} is a language model", "for others")
+    _refuse_arrays_only(args)
     if args.calibration is not None:
         check_text_file(args.calibration)
+
+
+def _refuse_arrays_only(args: argparse.Namespace) -> None:
+    refuse_options(args, _TENSOR_ONLY, f"{args.model} is a language model", "for others")
 
 
 def tensor_job_from(args: argparse.Namespace, target: str) -> TensorJob:
     """What was collected.
 
     Raises:
-        UsageError: a number, shape or share that makes no sense.
+        UsageError: a number, shape, share or regular expression that makes no sense.
     """
-    from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
+    from edgeq.planner.tensors.job import Calibration, Gate, TensorJob, check_patterns
 
     calibration = Calibration(
         inputs=args.calibration,
@@ -152,6 +180,7 @@ def tensor_job_from(args: argparse.Namespace, target: str) -> TensorJob:
         min_top1=None if args.min_top1 is None else _number(args.min_top1, "--min-top1", 0.0, 1.0, 0.0),
         min_coverage=_number(args.min_coverage, "--min-coverage", 0.0, 1.0, Gate().min_coverage),
     )
+    check_patterns(args.keep_float)
     return TensorJob(
         model=args.model,
         target=target,

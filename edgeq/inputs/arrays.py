@@ -11,14 +11,14 @@ import numpy.typing as npt
 from edgeq.errors import UsageError
 from edgeq.tensor_types import AxisRange, TensorSpec
 
-__all__ = ["Array", "check_arrays", "describe_specs", "refuse_constant"]
+__all__ = ["Array", "check_arrays", "describe_shape", "describe_specs", "refuse_constant"]
 
 Array = npt.NDArray[Any]
 
 
 def describe_specs(specs: Sequence[TensorSpec]) -> str:
     """Inputs or outputs for people: ``pixel_values float32 (batch, 3, 224, 224)``."""
-    return "; ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)}" for spec in specs) or "nothing"
+    return "; ".join(f"{spec.name} {spec.dtype} {describe_shape(spec.shape)}" for spec in specs) or "nothing"
 
 
 def check_arrays(
@@ -106,8 +106,8 @@ def _check_shape(array: Array, spec: TensorSpec, prefix: str) -> None:
     )
     if not fits:
         raise UsageError(
-            f"{prefix}the input {spec.name!r} has the shape {_shape(array.shape)}, and the model takes "
-            f"{_shape(spec.shape)}",
+            f"{prefix}the input {spec.name!r} has the shape {describe_shape(array.shape)}, and the model takes "
+            f"{describe_shape(spec.shape)}",
             "Reshape it, or convert the model again with --shape",
         )
 
@@ -137,5 +137,6 @@ def _check_axes(
             )
 
 
-def _shape(shape: Sequence[int | str]) -> str:
+def describe_shape(shape: Sequence[int | str]) -> str:
+    """``(batch, 3, 224, 224)``, ``(8,)``."""
     return f"({shape[0]},)" if len(shape) == 1 else f"({', '.join(map(str, shape))})"

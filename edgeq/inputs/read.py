@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeq.errors import UsageError
-from edgeq.inputs.arrays import Array, check_arrays, describe_specs
+from edgeq.inputs.arrays import Array, check_arrays, describe_shape, describe_specs
 from edgeq.inputs.images import ImageProcessor, image_processor
 from edgeq.inputs.text import TextEncoder, text_encoder
 from edgeq.tensor_types import AxisRange, TensorArtifact, TensorSpec
@@ -66,11 +66,13 @@ def read_inputs(
         if folder is None:
             raise UsageError(f"{path} needs the model's own settings to be prepared", "Give .npz files instead")
         if kind == ".txt":
+            _refuse_texts(artifact)
             lowercase = artifact.embedding is not None and artifact.embedding.lowercase
             encoder = text_encoder(folder, lowercase=lowercase)
             calls = _from_texts(files[0], artifact, encoder, count, axes or {})
         else:
-            calls = _from_images(files, artifact, image_processor(folder), count)
+            spec = _image_spec(artifact)
+            calls = _from_images(files, artifact, spec, image_processor(folder), count)
     return _checked(calls, artifact.inputs, axes or {})
 
 
@@ -133,9 +135,8 @@ def _chosen(total: int, rows: int, count: int, what: str) -> list[list[int]]:
 
 
 def _from_images(
-    files: Sequence[Path], artifact: TensorArtifact, processor: ImageProcessor, count: int
+    files: Sequence[Path], artifact: TensorArtifact, spec: TensorSpec, processor: ImageProcessor, count: int
 ) -> Iterator[tuple[str, Call]]:
-    spec = _image_spec(artifact)
     others = [other for other in artifact.inputs if other.name != spec.name]
     for other in others:
         if other.name != "pixel_mask":
@@ -167,29 +168,39 @@ def _prepared(
         yield str(files[group[0]]), call
 
 
-def _image_spec(artifact: TensorArtifact) -> TensorSpec:
-    fitting = [
+def _image_specs(artifact: TensorArtifact) -> list[TensorSpec]:
+    """Inputs that an image could be."""
+    return [
         spec
         for spec in artifact.inputs
         if len(spec.shape) == 4
         and np.dtype(spec.dtype).kind == "f"
         and spec.shape[1] in {3, "channels", "num_channels"}
     ]
+
+
+def _image_spec(artifact: TensorArtifact) -> TensorSpec:
+    fitting = _image_specs(artifact)
     if len(fitting) != 1:
-        raise UsageError(
-            f"the model takes no images: {describe_specs(artifact.inputs)}", "Give its inputs as .npz files"
-        )
+        remedy = "Give a .txt with a text a line, or .npz files" if _takes_texts(artifact) else "Give .npz files"
+        raise UsageError(f"the model takes no images: {describe_specs(artifact.inputs)}", remedy)
     return fitting[0]
+
+
+def _takes_texts(artifact: TensorArtifact) -> bool:
+    return any(spec.name == "input_ids" and len(spec.shape) == 2 for spec in artifact.inputs)
+
+
+def _refuse_texts(artifact: TensorArtifact) -> None:
+    if not _takes_texts(artifact):
+        remedy = "Give a folder of images, or .npz files" if len(_image_specs(artifact)) == 1 else "Give .npz files"
+        raise UsageError(f"the model takes no texts: {describe_specs(artifact.inputs)}", remedy)
 
 
 def _from_texts(
     path: Path, artifact: TensorArtifact, encoder: TextEncoder, count: int, axes: Axes
 ) -> Iterator[tuple[str, Call]]:
     specs = {spec.name: spec for spec in artifact.inputs}
-    if "input_ids" not in specs or len(specs["input_ids"].shape) != 2:
-        raise UsageError(
-            f"the model takes no texts: {describe_specs(artifact.inputs)}", "Give its inputs as .npz files"
-        )
     for name in specs:
         if name not in _TEXT_NAMES:
             raise UsageError(f"the model also takes {name!r}, which texts do not give", "Give all inputs as .npz files")
@@ -247,12 +258,29 @@ def _row_groups(file: Path, arrays: Mapping[str, Array], specs: Sequence[TensorS
     firsts = {spec.shape[0] if spec.shape else None for spec in specs}
     sizes = {len(array) if array.ndim else None for array in arrays.values()}
     if len(firsts) != 1 or len(sizes) != 1 or not all(_has_rows(arrays.get(spec.name), spec) for spec in specs):
+        if len(firsts) == 1:
+            _refuse_shapes(file, arrays, specs)
         return [[]]  # if they do not fit, they are refused as they lie in the file
     first, size = firsts.pop(), sizes.pop()
     if first is None or size is None or first == size:
         return [[]]
     rows = first if isinstance(first, int) else 1
     return _chosen(size, rows, count, str(file))
+
+
+def _refuse_shapes(file: Path, arrays: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None:
+    """Refuse arrays that do not fit even but for their first axis, and say how they are saved."""
+    for spec in specs:
+        array = arrays.get(spec.name)
+        if array is None or not spec.shape or _has_rows(array, spec):
+            continue
+        rows = _rows(spec)
+        least = f"; one call takes {rows} rows" if rows > 1 else ""
+        raise UsageError(
+            f"{file}: the input {spec.name!r} has the shape {describe_shape(array.shape)}, and the model takes "
+            f"{describe_shape(spec.shape)}",
+            f"Save it with the shape {describe_shape(('n', *spec.shape[1:]))}, a row for each input{least}",
+        )
 
 
 def _has_rows(array: Array | None, spec: TensorSpec) -> bool:

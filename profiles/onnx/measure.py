@@ -38,9 +38,12 @@ _PROCESSES = 3
 _FEWEST_CALLS, _MOST_CALLS = 5, 200
 _WARM_UP_CALLS = 2
 
-# It imports what a serving process imports and no more: numpy.random alone would add 5 MiB.
+# It imports what a serving process imports (a program of its own, so it may know the runtime) and no more: numpy.random
+# alone would add 5 MiB.
 _CHILD = """
 import sys
+import edgeq.runtime.session
+import edgeq.runtime.tensor.session
 import numpy
 from edgeq.profiles.onnx.session import open_onnx_session
 

@@ -1,4 +1,4 @@
-"""Which of a bundle's graphs this machine can run."""
+"""Which of a bundle's graphs this machine can run, and which one a user names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgeq.profiles.onnx.session import Provider
 from edgeq.runtime.tensor.settings import BACKEND_PROVIDERS, TENSORRT_BACKENDS
 from edgeq.tensor_types import TensorManifest
 
-__all__ = ["fitting_device"]
+__all__ = ["fitting_device", "named_device"]
 
 
 def fitting_device(
@@ -41,6 +41,19 @@ def fitting_device(
         if part.target.arch in (here, "any") and (there or not _on_gpu(part)):
             return part.built_for
     return manifest.built_for
+
+
+def named_device(manifest: TensorManifest, name: str) -> str:
+    """The device of a bundle that a user calls so: by its own name, or by an alias of that profile.
+
+    What no device of the bundle is called is given back as it is.
+    """
+    from edgeq.profiles.loader import profile_names
+
+    if name in manifest.devices:
+        return name
+    meant = profile_names().get(name.lower(), name)
+    return meant if meant in manifest.devices else name
 
 
 def _on_gpu(manifest: TensorManifest) -> bool:

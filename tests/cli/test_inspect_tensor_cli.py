@@ -21,7 +21,7 @@ else:
 
 pytest.importorskip("onnxruntime")
 
-SIZES = dict.fromkeys(
+SIZES: dict[str, Any] = dict.fromkeys(
     ("file_bytes", "weights_bytes", "activation_bytes", "runtime_bytes", "peak_memory_bytes"), 1 << 20
 )
 FLOOR = TensorPrediction(**SIZES, latency_ms=0.0123, latency_is_floor=True)

@@ -11,7 +11,7 @@ from edgeq.converters.onnx.export.tasks import TASKS
 from edgeq.errors import SourceError
 from edgeq.tensor_types import Embedding
 
-__all__ = ["bundle_files", "class_labels", "read_config", "read_embedding", "read_json"]
+__all__ = ["bundle_files", "class_count", "class_labels", "read_config", "read_embedding", "read_json"]
 
 _MAX_JSON_BYTES = 16 << 20
 _SENTENCE_CONFIGS = (
@@ -110,6 +110,14 @@ def class_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     if all(label == f"LABEL_{index}" for index, label in enumerate(labels)):
         return ()
     return tuple(str(label) for label in labels)
+
+
+def class_count(config: Mapping[str, Any]) -> int | None:
+    """How many classes there are, whether or not they have names; None where config.json does not say."""
+    table, count = config.get("id2label"), config.get("num_labels")
+    if isinstance(table, Mapping) and table:
+        return len(table)
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else None
 
 
 def read_embedding(folder: Path, config: Mapping[str, Any]) -> tuple[Embedding | None, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.export.capture import capture, pick_outputs, rename_outputs, run_module
-from edgeq.converters.onnx.export.embedding import class_labels, read_config, read_embedding
+from edgeq.converters.onnx.export.embedding import class_count, class_labels, read_config, read_embedding
 from edgeq.converters.onnx.export.inputs import InputPlan, plan_inputs
 from edgeq.converters.onnx.export.load import forward_parameters, load_model
 from edgeq.converters.onnx.export.problems import is_unsupported_operator
@@ -47,12 +47,14 @@ class Exported:
         artifact: what a session must know.
         checks: against what it was made from, one for each output.
         notes: what a user must know, one line each.
+        n_classes: that the model knows, with names or without; None where nothing says it.
     """
 
     path: Path
     artifact: TensorArtifact
     checks: tuple[OutputCheck, ...]
     notes: tuple[str, ...] = ()
+    n_classes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,8 @@ def export_model(
     )
     own = (chosen.note,) if chosen.note else ()
     about = (*notes, *_size_notes(artifact), *shape_notes(out))
-    return Exported(out, artifact, checks, (*own, *plan.notes, *about, *remarks, *_file_notes(folder, chosen)))
+    notes = (*own, *plan.notes, *about, *remarks, *_file_notes(folder, chosen))
+    return Exported(out, artifact, checks, notes, class_count(settings))
 
 
 _UNLABELLED = frozenset({"feature-extraction", "image-feature-extraction", "fill-mask", "question-answering"})

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.converters.onnx.export.embedding import class_count
 from edgeq.converters.onnx.export.export import Exported, export_module
 from edgeq.errors import UsageError, require_package
 from edgeq.types import ModelSource
@@ -43,7 +44,8 @@ class ModuleSource:
         task: as transformers' pipelines call it; it says what agreement is measured beside cosine.
         dynamic: open axes, input to position to name. ``"batch"`` and ``"sequence"`` have usual sizes.
         output_names: of all outputs in order; None for the names that the module itself gives, or ``output_0`` ….
-        labels: of classes, by index.
+        labels: of classes, by index. A detector without them has as many classes as its configuration or else the last
+            axis of its logits says; name them all where one more column stands for "nothing".
         preprocessing: folder with ``preprocessor_config.json`` or ``tokenizer.json`` for what comes before the model,
             which the bundle then holds; None if there is none.
     """
@@ -132,4 +134,11 @@ def export_source(source: ModuleSource, out: Path, progress: Callable[[int, int,
         progress=progress,
     )
     artifact = msgspec.structs.replace(found.artifact, task=source.task, labels=tuple(source.labels))
-    return Exported(found.path, artifact, found.checks, found.notes)
+    n_classes = len(artifact.labels) or class_count(_config_of(source.module))
+    return Exported(found.path, artifact, found.checks, found.notes, n_classes)
+
+
+def _config_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """What the configuration of a module of transformers says of classes; nothing for other modules."""
+    config = getattr(module, "config", None)
+    return {name: getattr(config, name, None) for name in ("id2label", "num_labels")}

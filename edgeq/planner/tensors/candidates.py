@@ -62,6 +62,7 @@ class Candidate:
         variant_of: label of the candidate that this one must be surely faster than; None if there is none.
         disabled_optimizers: of ONNX Runtime, when it runs.
         predicted_ms: of a call, from times of single kernels; None if they were not asked for.
+        made_from: the float model whose nodes were quantized, perhaps a smoothed one; None for the float model itself.
         notes: what a user must know of it.
     """
 
@@ -77,6 +78,7 @@ class Candidate:
     variant_of: str | None = None
     disabled_optimizers: tuple[str, ...] = DISABLED_OPTIMIZERS
     predicted_ms: float | None = None
+    made_from: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -297,6 +299,7 @@ class Workbench:
             quality=found.quality(self.samples.source),
             coverage=covered,
             kept_share=self.share(candidate.float_nodes.keys()),
+            made_from=self.model,
         )
 
     def _derived(self) -> dict[str, Derived]:

@@ -25,7 +25,6 @@ from edgeq.bundle import (
 )
 from edgeq.converters.onnx.export.embedding import bundle_files
 from edgeq.converters.source import weights_sha256
-from edgeq.errors import UsageError
 from edgeq.planner.output import settled_output
 from edgeq.planner.tensors.device_graph import DeviceGraph, variant_of, write_device_graph
 from edgeq.planner.tensors.job import TensorJob
@@ -74,7 +73,6 @@ def convert_tensor(job: TensorJob, out: str | Path, *, force: bool = False, prog
     """
     out = Path(out)
     target = settled_output(out, force=force)
-    _refuse_twice(job)
     with staging_folder(target) as work:
         prepared = prepare(job, work, progress)
         folder = work / "bundle"
@@ -104,13 +102,6 @@ def _others(
         made = write_device_graph(prepared, decision_of(job, prepared), folder, folder / DEVICES / name, progress)
         found.append((prepared, made))
     return found
-
-
-def _refuse_twice(job: TensorJob) -> None:
-    names = [load_profile(device).name for device in (job.target, *job.also_for)]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise UsageError(f"The bundle is made for {name} already", "Name other devices with --also-for")
 
 
 def _manifest(

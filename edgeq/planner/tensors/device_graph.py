@@ -12,7 +12,7 @@ import msgspec
 from edgeq.bundle import describe_file
 from edgeq.converters.onnx.layers import compare_layers
 from edgeq.errors import MissingPackageError
-from edgeq.planner.tensors.candidates import MODEL_FILE, Candidate, Workbench
+from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
 from edgeq.planner.tensors.decide import Decision
 from edgeq.planner.tensors.plan import make_plan
 from edgeq.planner.tensors.prepare import Prepared
@@ -68,8 +68,8 @@ def write_device_graph(
     chosen = decision.chosen
     place.mkdir(parents=True, exist_ok=True)
     files = [(path, role) for path, role in _copied(chosen.path, place)]
-    if chosen.quality is not None:
-        _write_layers(prepared.bench, chosen, place / LAYERS_FILE, progress)
+    if chosen.made_from is not None:
+        _write_layers(prepared.bench, chosen.made_from, chosen.path, place / LAYERS_FILE, progress)
         files.append((place / LAYERS_FILE, "layers"))
     plan = make_plan(prepared, decision, place / MODEL_FILE)
     if prepared.backend.on_gpu:  # what a CPU runs is loaded once the bundle is complete
@@ -102,11 +102,11 @@ def _copied(model: Path, place: Path) -> Iterator[tuple[Path, str]]:
         yield place / path.name, "model" if path.name == MODEL_FILE else "data"
 
 
-def _write_layers(bench: Workbench, chosen: Candidate, out: Path, progress: Progress) -> None:
-    """Where the error enters, layer by layer."""
+def _write_layers(bench: Workbench, made_from: Path, model: Path, out: Path, progress: Progress) -> None:
+    """Where the error enters, layer by layer; a smoothed model has other values inside than the one it was made of."""
     found = compare_layers(
-        bench.reference,
-        chosen.path,
+        made_from,
+        model,
         bench.samples.judged[:_LAYER_INPUTS],
         threads=bench.threads,
         progress=lambda done, total, what: progress("compare layers", done, total, what),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 
 from edgeq.converters.onnx.compare import Metric
 from edgeq.converters.onnx.export.module_source import ModuleSource
+from edgeq.errors import UsageError
 from edgeq.types import Budget
 
-__all__ = ["Arrays", "Calibration", "Gate", "Precision", "TensorJob"]
+__all__ = ["Arrays", "Calibration", "Gate", "Precision", "TensorJob", "check_patterns"]
 
 Arrays = Mapping[str, NDArray[Any]]
 """One call: an array for each input, or for each output."""
@@ -117,3 +119,16 @@ class TensorJob:
     revision: str | None = None
     power_mode: str | None = None
     also_for: tuple[str, ...] = ()
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Refuse what is no regular expression in `TensorJob.keep_float`.
+
+    Raises:
+        UsageError: with the pattern.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:  # noqa: PERF203 - each names its pattern
+            raise UsageError(f"--keep-float {pattern!r} is no regular expression: {error}", "Correct it") from error

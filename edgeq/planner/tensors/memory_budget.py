@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -46,13 +47,24 @@ def memory_error(
     remedies = [
         *(smaller.shapes_of(model) or smaller.shapes_in_another(others)),
         *_precisions(count_options(prepared, others, {}, folder), limit),
-        f"raise --max-memory to {format_bytes(predicted.peak_memory_bytes)}",
+        f"raise --max-memory to {_rounded_up(predicted.peak_memory_bytes)}",
     ]
+    taken, allowed = _told_apart(predicted.peak_memory_bytes, limit)
     return BudgetError(
-        f"{label} takes {format_bytes(predicted.peak_memory_bytes)} at its peak ({_parts(predicted)}), the limit is "
-        f"{format_bytes(limit)}",
+        f"{label} takes {taken} at its peak ({_parts(predicted)}), the limit is {allowed}",
         "; or ".join(remedies),
     )
+
+
+def _told_apart(taken: int, limit: int) -> tuple[str, str]:
+    """Both for people; in bytes where they would look the same."""
+    texts = format_bytes(taken), format_bytes(limit)
+    return texts if texts[0] != texts[1] else (f"{taken:,} bytes", f"{limit:,} bytes")
+
+
+def _rounded_up(n_bytes: int) -> str:
+    """The least limit in whole tenths of a MiB that a model keeps, as ``--max-memory`` takes it."""
+    return f"{math.ceil(10 * n_bytes / 2**20) / 10:.1f}MiB"
 
 
 def _parts(predicted: TensorPrediction) -> str:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from edgeq.errors import ConversionError
 from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS
 from edgeq.planner.tensors.job import TensorJob
 from edgeq.planner.tensors.memory_budget import memory_error
 from edgeq.planner.tensors.options import TensorOption, count_options, write_option
 from edgeq.planner.tensors.plan import make_plan
-from edgeq.planner.tensors.prepare import Prepared, decision_of, kept_nodes, prepare
+from edgeq.planner.tensors.prepare import Prepared, decision_of, kept_nodes, prepare, prepare_other
 from edgeq.planner.tensors.schemes import impossible_schemes
 from edgeq.record import Record
 from edgeq.staging import staging_folder
@@ -42,6 +44,7 @@ class TensorPreview(Record, frozen=True, kw_only=True):
         options: every scheme in the order of preference, the impossible ones last.
         budget: the limits.
         least_latency: whether latencies are floors from datasheet figures, which decide nothing for certain.
+        others: the same for the other devices of the job.
     """
 
     source: ModelSource
@@ -54,6 +57,7 @@ class TensorPreview(Record, frozen=True, kw_only=True):
     options: tuple[TensorOption, ...]
     budget: Budget
     least_latency: bool
+    others: tuple[TensorPreview, ...] = ()
 
 
 def _silent(stage: str, done: int, total: int, detail: str) -> None:
@@ -79,16 +83,28 @@ def plan_tensor(job: TensorJob, work_beside: Path, *, decide: bool, progress: Pr
         job = dataclasses.replace(job, calibration=few)
     with staging_folder(work_beside) as work:
         prepared = prepare(job, work, progress)
-        kept = kept_nodes(job, prepared.bench)
-        options = _options(job, prepared, kept, work)
-        if decide:
-            decision = decision_of(job, prepared)
-            plan, chosen = make_plan(prepared, decision, decision.chosen.path), decision.chosen
-            coverage: Coverage | None = chosen.coverage
-            quality: TensorQuality | None = chosen.quality
-        else:
-            plan, coverage = _counted(prepared, kept, options, work)
-            quality = None
+        first = _preview(job, prepared, work, decide=decide)
+        others = []
+        for index, device in enumerate(job.also_for):
+            place = work / f"also-{index}"
+            place.mkdir()
+            other = prepare_other(job, prepared, device, place, progress)
+            others.append(_preview(job, other, place, decide=decide))
+    return msgspec.structs.replace(first, others=tuple(others))
+
+
+def _preview(job: TensorJob, prepared: Prepared, work: Path, *, decide: bool) -> TensorPreview:
+    """For one device."""
+    kept = kept_nodes(job, prepared.bench)
+    options = _options(job, prepared, kept, work)
+    if decide:
+        decision = decision_of(job, prepared)
+        plan, chosen = make_plan(prepared, decision, decision.chosen.path), decision.chosen
+        coverage: Coverage | None = chosen.coverage
+        quality: TensorQuality | None = chosen.quality
+    else:
+        plan, coverage = _counted(prepared, kept, options, work)
+        quality = None
     return TensorPreview(
         source=prepared.source,
         artifact=prepared.exported.artifact,
@@ -128,7 +144,7 @@ def _held_to_gate(option: TensorOption, job: TensorJob, kept: Mapping[str, str])
 def _counted(
     prepared: Prepared, kept: Mapping[str, str], options: tuple[TensorOption, ...], work: Path
 ) -> tuple[TensorPlan, Coverage | None]:
-    """The first option that could be and keeps the memory budget."""
+    """The first option that could be and keeps the memory budget; if none does, the smallest is what is refused."""
     able = [(option, option.predicted) for option in options if option.reason is None and option.predicted is not None]
     reasons = [Rejection(option=o.scheme, reason=o.reason) for o in options if o.reason is not None]
     if not able:
@@ -137,9 +153,10 @@ def _counted(
     limit = prepared.budget.peak_memory_bytes
     fitting = [(o, p) for o, p in able if limit is None or p.peak_memory_bytes <= limit]
     if not fitting:
-        scheme = able[0][0].scheme
+        scheme = min(able, key=lambda pair: pair[1].peak_memory_bytes)[0].scheme
+        label = scheme if len(able) == 1 else f"{scheme}, the smallest that would be tried,"
         model = write_option(prepared, scheme, kept, work / "refused")
-        raise memory_error(prepared, scheme, model, scheme, [entry.option for entry in reasons], work / "counted")
+        raise memory_error(prepared, scheme, model, label, [entry.option for entry in reasons], work / "counted")
     (first, predicted), tried = fitting[0], ", ".join(option.scheme for option, _ in fitting)
     over = [
         Rejection(option=o.scheme, reason=f"takes {format_bytes(p.peak_memory_bytes)}, more than the limit")

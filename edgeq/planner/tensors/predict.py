@@ -100,6 +100,7 @@ def _from_datasheet(
         runtime_bytes=beside,
         peak_memory_bytes=peak,
         latency_ms=latency,
+        latency_is_floor=latency is not None,
     )
     return predicted, tuple(_datasheet_notes(profile, backend, process, latency))
 

@@ -19,12 +19,13 @@ from edgeq.inputs.arrays import refuse_constant
 from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
 from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
 from edgeq.planner.tensors.job import TensorJob
-from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_unmeasured
+from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_uncounted, refuse_unmeasured
 from edgeq.planner.tensors.samples import Samples, gather_samples
 from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
 from edgeq.profiles.loader import load_profile
 from edgeq.profiles.onnx.opsets import newest_opset
+from edgeq.queries import LOGITS
 from edgeq.tensor_types import AxisRange, Scheme, TensorArtifact
 from edgeq.types import Budget, ModelSource, merge_budgets
 
@@ -88,6 +89,7 @@ def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
     source = _source(job, progress)
     exported = _exported(job, source, work, progress)
     refuse_unmeasured(job.gate, exported.artifact.task)
+    refuse_uncounted(exported.artifact, _n_classes(exported))
     axes = _axes(exported.artifact)
     beside = _beside(job.model, source)
     samples = gather_samples(exported.artifact, beside, axes, job.calibration)
@@ -223,7 +225,7 @@ def _workbench(
         activations=activations_of(profile, backend),
         samples=samples,
         task=exported.artifact.task,
-        classes=len(exported.artifact.labels) or None,
+        classes=_n_classes(exported),
         dims={name: sizes.usual for name, sizes in _axes(exported.artifact).items()},
         percentile=job.calibration.percentile,
         threads=job.threads or min(profile.threads or default_threads(), default_threads()),
@@ -233,6 +235,13 @@ def _workbench(
         metric=job.gate.metric,
         embedding=exported.artifact.embedding,
     )
+
+
+def _n_classes(exported: Exported) -> int | None:
+    """As the configuration or the labels say, else as many as the logits have."""
+    logits = next((spec.shape for spec in exported.artifact.outputs if spec.name == LOGITS), ())
+    last = logits[-1] if logits else None
+    return exported.n_classes or len(exported.artifact.labels) or (last if isinstance(last, int) else None)
 
 
 def needs_narrow_weights(profile: DeviceProfile, backend: Backend) -> bool:
@@ -245,10 +254,7 @@ def kept_nodes(job: TensorJob, bench: Workbench) -> dict[str, str]:
     names = [site.name for site in quantizable(bench.model)]
     kept: dict[str, str] = {}
     for pattern in job.keep_float:
-        try:
-            matching = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            raise UsageError(f"--keep-float {pattern!r} is no regular expression: {error}", "Correct it") from error
+        matching = [name for name in names if re.search(pattern, name)]
         if not matching:
             raise UsageError(
                 f"--keep-float {pattern!r} matches no node that could be quantized",

@@ -8,13 +8,16 @@ from typing import get_args
 
 import numpy as np
 
-from edgeq.converters.onnx.compare import has_classes
+from edgeq.converters.onnx.compare import has_classes, has_detections
 from edgeq.converters.onnx.export.module_source import ModuleSource
 from edgeq.errors import UsageError
 from edgeq.planner.tensors.candidates import Method
-from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
+from edgeq.planner.tensors.job import Calibration, Gate, TensorJob, check_patterns
+from edgeq.profiles.loader import load_profile
+from edgeq.queries import BOXES, LOGITS
+from edgeq.tensor_types import TensorArtifact
 
-__all__ = ["refuse_contradictions", "refuse_unmeasured"]
+__all__ = ["refuse_contradictions", "refuse_uncounted", "refuse_unmeasured"]
 
 _LEAST_PERCENTILE = 50.0  # below it less than half of the numbers would stay inside a range
 
@@ -24,8 +27,11 @@ def refuse_contradictions(job: TensorJob) -> None:
 
     Raises:
         UsageError: with the field.
+        ProfileError: a device that is not known.
     """
     _refuse_numbers(job.gate, job.calibration)
+    check_patterns(job.keep_float)
+    _refuse_twice(job)
     if job.gate.max_metric_drop is not None and job.gate.metric is None:
         raise UsageError("A drop of the metric is limited, and there is no metric", "Give Gate(metric=function)")
     if job.calibration.held_out is not None and job.calibration.inputs is None:
@@ -55,6 +61,30 @@ def refuse_unmeasured(gate: Gate, task: str) -> None:
             f"min_top1 is asked for, and answers of the task {task!r} are not known to be classes",
             "Leave it out, give ModuleSource its task, or measure it yourself with Gate(metric=, max_metric_drop=)",
         )
+
+
+def refuse_uncounted(artifact: TensorArtifact, n_classes: int | None) -> None:
+    """Refuse a detector that could not be judged, before anything is calibrated.
+
+    Args:
+        artifact: the model.
+        n_classes: that it knows; None if nothing says it.
+
+    Raises:
+        UsageError: nothing says how many classes a detector has.
+    """
+    if has_detections(artifact.task) and n_classes is None:
+        raise UsageError(
+            f"Nothing says how many classes the detector has, neither config.json nor an output {LOGITS!r}",
+            f"Write id2label into config.json, give ModuleSource its labels, or name the outputs {LOGITS} and {BOXES}",
+        )
+
+
+def _refuse_twice(job: TensorJob) -> None:
+    names = [load_profile(device).name for device in (job.target, *job.also_for)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UsageError(f"A model is made for {name} already", "Name other devices with --also-for")
 
 
 def _refuse_numbers(gate: Gate, calibration: Calibration) -> None:

@@ -182,16 +182,17 @@ def _again(bench: Workbench, floats: Candidate, other: Candidate, timing: Timing
 def _require_latency(chosen: Candidate, timing: Timing, limit: float | None) -> None:
     if limit is not None and timing.ms > limit:
         raise BudgetError(
-            f"{chosen.label}, the fastest that passes the gate, takes {timing.ms:.2f} ms a call here, the limit is "
-            f"{limit:.2f} ms",
+            f"{chosen.label}, the fastest that passes the gate, takes {_ms(timing.ms)} a call here, the limit is "
+            f"{_ms(limit)}",
             "Raise --max-latency, fix smaller sizes with --shape, give more --threads, or choose a faster device",
         )
 
 
 def _why(other: Candidate, chosen: Candidate, times: Mapping[str, Timing], limit: float | None) -> str:
+    """In the ratios that decide, the worse of wall and processor time; medians of milliseconds may contradict them."""
     timing, best = times[other.label], times[chosen.label]
     if limit is not None and timing.ms > limit:
-        return f"{timing.ms:.2f} ms a call, the limit is {limit:.2f} ms"
+        return f"{_ms(timing.ms)} a call, the limit is {_ms(limit)}"
     if chosen.scheme == "fp32" and timing.slowness < 1.0:
         return (
             f"{timing.slowness:.2f} times what the float model takes here, but perhaps {timing.slowness_bound:.2f} "
@@ -199,8 +200,18 @@ def _why(other: Candidate, chosen: Candidate, times: Mapping[str, Timing], limit
         )
     if chosen.scheme == "fp32":
         return f"takes {timing.slowness:.2f} times what the float model takes here"
-    times_told = f"{timing.ms:.2f} ms a call, {chosen.label} takes {best.ms:.2f} ms"
-    return f"{times_told} and is nearer" if timing.slowness < best.slowness else times_told
+    ratio = timing.slowness / best.slowness
+    told = f"{ratio:.2f} times the time of {chosen.label}"
+    if ratio < 1 and best.slowness <= _AS_FAST * timing.slowness:
+        return f"{told}, which is nearer to the float model: within {_AS_FAST - 1:.0%} the nearer one is taken"
+    if ratio < 1:
+        return f"{told}, but perhaps {timing.slowness_bound:.2f} times that of the float model"
+    return told
+
+
+def _ms(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.0f} ms" if value >= 99.95 else f"{value:#.3g} ms"
 
 
 def _notes(chosen: Candidate, timing: Timing, most: float, *, asked: bool) -> tuple[str, ...]:
@@ -218,7 +229,7 @@ def _notes(chosen: Candidate, timing: Timing, most: float, *, asked: bool) -> tu
         notes.append("ONNX Runtime's fusion of LayerNormalization stays on, which is faster here")
     if chosen.predicted_ms is not None:
         notes.append(
-            f"{chosen.predicted_ms:.2f} ms a call were predicted from times of nodes, {timing.ms:.2f} ms are "
-            f"measured, {timing.cpu_ms:.2f} ms of processor time"
+            f"{_ms(chosen.predicted_ms)} a call were predicted from times of nodes, {_ms(timing.ms)} are measured, "
+            f"{_ms(timing.cpu_ms)} of processor time"
         )
     return tuple(notes)

@@ -179,7 +179,10 @@ def test_a_layer_whose_result_is_rounded_computes_in_floats(tmp_path: Path) -> N
         helper.make_node("MatMul", ["t_read", "w2_read"], ["y"]),
     ]
     zeros = {"step": step, "zero": np.array(128, np.uint8), "weight_zero": np.array(0, np.int8)}
-    models = {"plain": (plain, {**floats, "b": bias}), "integers": (integers, {**weights, **zeros, "b": bias})}
+    models: dict[str, tuple[Any, dict[str, Any]]] = {
+        "plain": (plain, {**floats, "b": bias}),
+        "integers": (integers, {**weights, **zeros, "b": bias}),
+    }
     for name, (nodes, values) in models.items():
         ends = [[helper.make_tensor_value_info(end, 1, [4, 8])] for end in ("x", "y")]
         given = [onnx.numpy_helper.from_array(value, key) for key, value in values.items()]

@@ -182,17 +182,19 @@ class Detector(torch.nn.Module):  # type: ignore[misc,name-defined]
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.classes, self.boxes = network(), torch.nn.Linear(4, 20), torch.nn.Linear(4, 20)
+        torch.manual_seed(0)
+        self.pool = torch.nn.AdaptiveAvgPool2d(4)
+        self.classes, self.boxes = torch.nn.Linear(48, 20), torch.nn.Linear(48, 20)
 
     def forward(self, image: Any) -> tuple[Any, Any]:
-        found = self.net(image)
-        return self.classes(found).view(1, 5, 4), self.boxes(found).view(1, 5, 4).sigmoid()
+        found = self.pool(image).flatten(1)
+        return 9 * self.classes(found).view(1, 5, 4), self.boxes(found).view(1, 5, 4).sigmoid()
 
 
 def test_classes_of_a_detector_without_names_are_counted(tmp_path: Path) -> None:
     outputs = ("logits", "pred_boxes")
     source = edgeq.ModuleSource(Detector(), EXAMPLE, task="object-detection", output_names=outputs)
-    gate = edgeq.Gate(min_cosine=0.5, min_detection_map=0, min_coverage=0.1)
+    gate = edgeq.Gate(min_cosine=0.5, min_detection_map=0, min_coverage=0)
     found = edgeq.convert_tensor(job(model=source, precision="int8-dynamic", gate=gate), tmp_path / "found").tensor
     assert found.artifact.labels == ()
     assert found.quality is not None

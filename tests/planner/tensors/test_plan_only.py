@@ -164,9 +164,9 @@ def test_every_device_is_previewed(exported: Path, tmp_path: Path, capsys: pytes
     preview = plan_tensor(wanted, tmp_path / "plan", decide=False)
     assert (preview.built_for, preview.plan.backend) == ("laptop-cpu", "onnxruntime-cpu")
     (other,) = preview.others
-    assert (other.built_for, other.plan.backend, other.plan.activations) == ("jetson-orin", "tensorrt", "s8")
+    assert (other.built_for, other.plan.backend, other.plan.activations) == ("jetson-orin-nano-8gb", "tensorrt", "s8")
     assert other == plan_tensor(job(exported, "jetson-orin", precision="int8-static"), tmp_path / "plan", decide=False)
-    assert "for tensorrt of jetson-orin" in "\n".join(preview_lines(preview))
+    assert "for tensorrt of jetson-orin-nano-8gb" in "\n".join(preview_lines(preview))
     for device, code in (("no-such-device", ProfileError.exit_code), ("laptop-cpu", UsageError.exit_code)):
         assert main(["plan", str(exported), "--target", "laptop-cpu", "--also-for", device]) == code
         assert device in capsys.readouterr().err
@@ -178,8 +178,11 @@ def test_the_limit_that_is_advised_is_enough(exported: Path, tmp_path: Path) -> 
     advised = parse_bytes(caught.value.remedy.partition("raise --max-memory to ")[2])
     found = plan_tensor(job(exported, memory=advised), tmp_path / "plan", decide=False)
     assert advised - MIB / 10 < found.plan.predicted.peak_memory_bytes <= advised
+    floats = next(option.predicted for option in found.options if option.scheme == "fp32")
+    assert floats is not None
+    too_little = job(exported, precision="fp32", memory=floats.peak_memory_bytes - 1)
     with pytest.raises(BudgetError, match=r"takes [\d,]+ bytes at its peak .* the limit is [\d,]+ bytes"):
-        plan_tensor(job(exported, memory=found.plan.predicted.peak_memory_bytes - 1), tmp_path / "plan", decide=False)
+        plan_tensor(too_little, tmp_path / "plan", decide=False)
 
 
 def test_options_of_language_models_are_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

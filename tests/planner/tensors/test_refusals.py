@@ -81,7 +81,7 @@ def test_a_detector_whose_classes_nobody_counts() -> None:
 
 
 def test_devices_and_patterns() -> None:
-    with pytest.raises(UsageError, match="made for jetson-orin already"):
+    with pytest.raises(UsageError, match="made for jetson-orin-nano-8gb already"):
         refuse_contradictions(_job(also_for=("jetson-orin", "jetson-orin")))
     with pytest.raises(ProfileError, match="no-such-device"):
         refuse_contradictions(_job(also_for=("no-such-device",)))
