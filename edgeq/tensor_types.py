@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edgeq.record import Count, Record, Sha256, Share, Threads, Tokens
-from edgeq.types import Budget, BundleFile, ModelSource, Rejection, Target
+from edgeq.types import Budget, BundleFile, ModelSource, Rejection, Target, runs_on_gpu
 
 __all__ = [
     "AxisRange",
@@ -236,6 +236,11 @@ class TensorPlan(Record, frozen=True, kw_only=True):
     speedup: float | None = None
     rejected: tuple[Rejection, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes it."""
+        return runs_on_gpu(self.backend)
 
 
 class TensorVariant(Record, frozen=True, kw_only=True):

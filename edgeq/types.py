@@ -35,6 +35,7 @@ __all__ = [
     "Trial",
     "from_json",
     "merge_budgets",
+    "runs_on_gpu",
     "to_json",
 ]
 
@@ -124,6 +125,11 @@ class Budget(Record, frozen=True, kw_only=True, omit_defaults=True):
         """The limit of one line, or None if it is free."""
         value: float | None = getattr(self, line.field)
         return value
+
+
+def runs_on_gpu(backend: str) -> bool:
+    """Whether a backend of this name keeps weights on the GPU."""
+    return not backend.endswith("-cpu")
 
 
 def merge_budgets(base: Budget, override: Budget) -> Budget:

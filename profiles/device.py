@@ -11,7 +11,7 @@ from edgeq.errors import ProfileError
 from edgeq.profiles.measured import Measured
 from edgeq.record import Count, Record, Threads
 from edgeq.registry import nearest
-from edgeq.types import Budget
+from edgeq.types import Budget, runs_on_gpu
 
 __all__ = [
     "BACKENDS",
@@ -211,7 +211,7 @@ class Backend(Record, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def on_gpu(self) -> bool:
         """Whether weights lie on the GPU."""
-        return not self.name.endswith("-cpu")
+        return runs_on_gpu(self.name)
 
 
 class Budgets(Record, frozen=True, kw_only=True):

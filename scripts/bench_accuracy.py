@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.a
 
 from edgeq.errors import EdgeqError
 from edgeq.inputs import read_inputs
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, Candidate
+from edgeq.planner.tensors.candidates import Candidate
 from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
 from edgeq.planner.tensors.prepare import Prepared, decision_of, prepare
 from edgeq.planner.tensors.timing import time_in_turns
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
 from edgeq.profiles.onnx.session import open_onnx_session
 from edgeq.runtime.tensor.pooling import normalized, pool
 from scripts.accuracy_inputs import minilm_folder, planted_vit, write_photos, write_texts

@@ -27,10 +27,11 @@ from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.errors import EdgeqError
 from edgeq.planner.tensors.accuracy import worst_cosine
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, Candidate, Method, Workbench
+from edgeq.planner.tensors.candidates import Candidate, Method, Workbench
 from edgeq.planner.tensors.job import Calibration
 from edgeq.planner.tensors.samples import gather_samples
 from edgeq.planner.tensors.timing import time_in_turns
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, Dialect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.random_models import save_random
@@ -116,8 +117,7 @@ def measured(name: str, work: Path, threads: int) -> tuple[list[Line], Exported,
         reference=clean / "model.onnx",
         model=clean / "model.onnx",
         folder=work / "candidates",
-        backend="onnxruntime-cpu",
-        activations="u8",
+        dialect=Dialect("onnxruntime-cpu", "u8"),
         samples=samples,
         task=exported.artifact.task,
         classes=None,
@@ -152,7 +152,7 @@ def build_line(name: str, bench: Workbench, work: Path) -> str:
     folder = work / "tensorrt"
     folder.mkdir()
     clean_for(bench.model, folder / "clean.onnx", "tensorrt-rtx")
-    symmetric = dataclasses.replace(bench, model=folder / "clean.onnx", backend="tensorrt-rtx", activations="s8")
+    symmetric = dataclasses.replace(bench, model=folder / "clean.onnx", dialect=Dialect("tensorrt-rtx", "s8"))
     tensors = calibration_tensors(symmetric.model, "tensorrt-rtx")
     quantize_static(
         symmetric.model,

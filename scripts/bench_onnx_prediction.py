@@ -40,7 +40,7 @@ from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
 from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.errors import EdgeqError, ProfileError
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
 from edgeq.profiles.onnx.cost import OnnxFigures, OnnxPrediction, predict_onnx, predict_onnx_memory
 from edgeq.profiles.onnx.measure import measure_onnx, measure_runtime_bytes
 from edgeq.types import from_json, to_json

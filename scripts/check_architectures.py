@@ -27,6 +27,7 @@ from edgeq.errors import EdgeqError
 from edgeq.planner.tensors.candidates import Candidate, Workbench
 from edgeq.planner.tensors.job import Calibration
 from edgeq.planner.tensors.samples import gather_samples
+from edgeq.planner.tensors.writing import Dialect
 from edgeq.runtime.tensorrt.builder import build_engine
 from edgeq.runtime.tensorrt.records import EngineSettings
 
@@ -69,8 +70,7 @@ def _bench(model: Path, work: Path, backend: str, samples: Any, task: str) -> Wo
         reference=clean / "model.onnx",
         model=clean / "model.onnx",
         folder=work / f"{backend}-candidates",
-        backend=backend,
-        activations="u8" if backend == "onnxruntime-cpu" else "s8",
+        dialect=Dialect(backend, "u8" if backend == "onnxruntime-cpu" else "s8"),
         samples=samples,
         task="tensor" if task == "object-detection" else task,
         classes=None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Literal
@@ -17,26 +16,27 @@ from edgeq.converters.onnx.calibration.ranges import Range
 from edgeq.converters.onnx.compare import CandidateError, Derived, Metric, compare_outputs
 from edgeq.converters.onnx.quantize.bias_correction import channel_means
 from edgeq.converters.onnx.quantize.channels import sample_channels
-from edgeq.converters.onnx.quantize.coverage import coverage, write_executed
-from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
-from edgeq.converters.onnx.quantize.fp8 import fp8_tensors, quantize_fp8
-from edgeq.converters.onnx.quantize.half import to_half
 from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.onnx.quantize.smooth import channel_tensors, smooth
-from edgeq.converters.onnx.quantize.static import calibration_tensors, is_tensorrt, quantize_static
-from edgeq.converters.onnx.quantize.weights_only import quantize_weights
+from edgeq.converters.onnx.quantize.static import is_tensorrt
 from edgeq.errors import ConversionError
 from edgeq.planner.tensors.accuracy import SENTENCE
-from edgeq.planner.tensors.overflow import nodes_that_touch, too_large_for_half
+from edgeq.planner.tensors.overflow import too_large_for_half
 from edgeq.planner.tensors.samples import Samples
 from edgeq.planner.tensors.sentences import sentence_vectors
+from edgeq.planner.tensors.writing import (
+    DISABLED_OPTIMIZERS,
+    MODEL_FILE,
+    Dialect,
+    Evidence,
+    coverage_of,
+    tensors_to_range,
+    write_scheme,
+)
 from edgeq.tensor_types import Coverage, Embedding, Scheme, TensorQuality
 
-__all__ = ["DISABLED_OPTIMIZERS", "METHODS", "MODEL_FILE", "Candidate", "Method", "Workbench"]
+__all__ = ["METHODS", "Candidate", "Method", "Workbench"]
 
-MODEL_FILE = "model.onnx"
-# ONNX Runtime's fused kernel takes five times what LayerNormalization and a sum take (1.31, x86-64 and 128 x 768).
-DISABLED_OPTIMIZERS = ("SkipLayerNormFusion",)
 _SMOOTHING_INPUTS = 32
 _OVERFLOW_INPUTS = 8
 
@@ -90,8 +90,7 @@ class Workbench:
         reference: the float model, cleaned for the backend: what is judged against, and shipped if nothing is better.
         model: what is quantized: the same, or one that computes the same and is smoother.
         folder: for candidates.
-        backend: that they are made for.
-        activations: of INT8 there.
+        dialect: what the device wants of a graph.
         samples: to calibrate with and to judge on.
         task: of the model, for what is compared.
         classes: that it knows; None if it has none.
@@ -99,7 +98,6 @@ class Workbench:
         percentile: of that method of calibration.
         threads: to calibrate and judge with.
         progress: told stage, amount done, amount in all, and a detail.
-        narrow_weights: of fewer steps, for CPUs without VNNI.
         suffix: of labels, where ``model`` is a smoother one.
         exported: the float model as it was before it was cleaned; None if there is no other.
         metric: the user's own measure of a call.
@@ -109,8 +107,7 @@ class Workbench:
     reference: Path
     model: Path
     folder: Path
-    backend: str
-    activations: Literal["u8", "s8"]
+    dialect: Dialect
     samples: Samples
     task: str
     classes: int | None
@@ -118,7 +115,6 @@ class Workbench:
     percentile: float
     threads: int
     progress: Progress
-    narrow_weights: bool = False
     suffix: str = ""
     exported: Path | None = None
     metric: Metric | None = None
@@ -155,15 +151,21 @@ class Workbench:
 
     def ranges(self, methods: Sequence[Method] = METHODS) -> dict[Method, dict[str, Range]]:
         """Of every value that static quantization asks for, by each method in one pass."""
-        return self._ranges_of(calibration_tensors(self.model, self.backend), methods)
+        return self._ranges_of(tensors_to_range(self.model, "int8-static", self.dialect), methods)
 
     def completed(
         self, ranges: Mapping[str, Range], method: Method, keep_float: Mapping[str, str]
     ) -> Mapping[str, Range]:
         """With the ranges of values that become grids only because some nodes stay in floats."""
-        asked = calibration_tensors(self.model, self.backend, frozenset(keep_float)) if keep_float else ()
+        kept = frozenset(keep_float)
+        asked = tensors_to_range(self.model, "int8-static", self.dialect, kept) if kept else ()
         missing = [name for name in asked if name not in ranges]
         return {**ranges, **self._ranges_of(missing, (method,))[method]} if missing else ranges
+
+    @functools.cached_property
+    def fp8_ranges(self) -> Mapping[str, Range]:
+        """Of every value that FP8 asks for: the whole range, since FP8's steps are relative."""
+        return self._ranges_of(tensors_to_range(self.model, "fp8", self.dialect), ("minmax",))["minmax"]
 
     def _ranges_of(self, tensors: Sequence[str], methods: Sequence[Method]) -> dict[Method, dict[str, Range]]:
         if not tensors:
@@ -174,7 +176,7 @@ class Workbench:
             self.samples.calibration,
             methods=methods,
             percentile=self.percentile,
-            symmetric=is_tensorrt(self.backend),  # all others have zero points
+            symmetric=is_tensorrt(self.dialect.backend),  # all others have zero points
             threads=self.threads,
             progress=lambda done, total, what: self.progress("calibrate", done, total, what),
         )
@@ -185,85 +187,38 @@ class Workbench:
 
     def static(self, ranges: Mapping[str, Range], keep_float: Mapping[str, str], label: str) -> Candidate:
         """INT8 by calibrated ranges."""
-        path, kept = self._path(label), frozenset(keep_float)
-        if self.backend == "onnxruntime-cpu":
-            quantize_static(
-                self.model,
-                path,
-                ranges,
-                backend=self.backend,
-                activations=self.activations,
-                keep_float=kept,
-                narrow_weights=self.narrow_weights,
-                means=self.means,
-            )
-            notes: tuple[str, ...] = ()
-        else:
-            notes = self._halved(
-                path,
-                lambda out: quantize_static(
-                    self.model,
-                    out,
-                    ranges,
-                    backend=self.backend,
-                    activations=self.activations,
-                    keep_float=kept,
-                    means=self.means,
-                ),
-            )
-        made = Candidate("int8-static", path, label + self.suffix, self.activations, dict(keep_float), notes=notes)
-        return self.judged(made)
+        path, notes = self._written("int8-static", keep_float, label, ranges)
+        kind = self.dialect.activations
+        return self.judged(Candidate("int8-static", path, label + self.suffix, kind, dict(keep_float), notes=notes))
 
     def dynamic(self, keep_float: Mapping[str, str], label: str = "int8-dynamic") -> Candidate:
         """INT8 by the range of each call."""
-        path = self._path(label)
-        quantize_dynamic(self.model, path, keep_float=frozenset(keep_float), narrow_weights=self.narrow_weights)
+        path, _ = self._written("int8-dynamic", keep_float, label)
         return self.judged(Candidate("int8-dynamic", path, label + self.suffix, "u8", dict(keep_float)))
 
     def other(self, scheme: Scheme, keep_float: Mapping[str, str], label: str | None = None) -> Candidate:
         """The schemes without ranges to choose: FP16, FP8, weights alone."""
         name = label or scheme
-        path, notes = self._written(scheme, keep_float, name)
+        path, notes = self._written(scheme, keep_float, name, self.fp8_ranges if scheme == "fp8" else None)
         return self.judged(Candidate(scheme, path, name + self.suffix, float_nodes=dict(keep_float), notes=notes))
 
-    def written(self, scheme: Scheme, keep_float: Mapping[str, str] | None = None) -> Path:
+    def written(self, scheme: Scheme) -> Path:
         """The file of such a scheme, not judged: ONNX Runtime on a CPU may not run it."""
-        return self._written(scheme, keep_float or {}, scheme)[0]
+        return self._written(scheme, {}, scheme, self.fp8_ranges if scheme == "fp8" else None)[0]
 
-    def _written(self, scheme: Scheme, keep_float: Mapping[str, str], label: str) -> tuple[Path, tuple[str, ...]]:
+    def _written(
+        self, scheme: Scheme, keep_float: Mapping[str, str], label: str, ranges: Mapping[str, Range] | None = None
+    ) -> tuple[Path, tuple[str, ...]]:
         """The file, and notes."""
-        path, kept = self._path(label), frozenset(keep_float)
-        if scheme == "fp16":
-            return path, self._to_half(self.model, path, kept)
-        if scheme == "fp8":
-            return path, self._halved(path, lambda out: quantize_fp8(self.model, out, self.fp8_ranges, keep_float=kept))
-        quantize_weights(self.model, path, bits=8 if scheme == "int8-weights" else 4, keep_float=kept)
-        return path, ()
-
-    @functools.cached_property
-    def fp8_ranges(self) -> Mapping[str, Range]:
-        """Of every value that FP8 asks for: the whole range, since FP8's steps are relative."""
-        return self._ranges_of(fp8_tensors(self.model), ("minmax",))["minmax"]
-
-    def _halved(self, path: Path, write: Callable[[Path], None]) -> tuple[str, ...]:
-        """What is not quantized in FP16: a GPU computes it faster, and Turing no other way. Returns notes."""
-        grids = path.with_name("grids") / MODEL_FILE
-        grids.parent.mkdir(exist_ok=True)
-        write(grids)
-        notes = self._to_half(grids, path, frozenset())
-        shutil.rmtree(grids.parent)
-        return notes
-
-    def _to_half(self, model: Path, path: Path, kept: frozenset[str]) -> tuple[str, ...]:
-        """In FP16 but for what is kept and what overflows there. Returns notes."""
-        large = self.too_large
-        both = kept | nodes_that_touch(model, large.keys())
-        notes = to_half(model, path, keep_float=both)
-        if not large:
-            return notes
-        worst = max(large, key=lambda name: large[name])
-        told = f"{len(both - kept)} nodes stay in FP32: {worst!r} reaches {large[worst]:.3g}, FP16 ends at 65504"
-        return (*notes, told)
+        path = self.folder / label / MODEL_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        evidence = Evidence(
+            ranges=ranges or {},
+            means=self.means if scheme == "int8-static" else None,
+            too_large=self.too_large if self.dialect.on_gpu else {},
+        )
+        kept = frozenset(keep_float)
+        return path, write_scheme(scheme, self.model, path, self.dialect, kept=kept, evidence=evidence)
 
     @functools.cached_property
     def means(self) -> Mapping[str, NDArray[np.float64]]:
@@ -291,7 +246,7 @@ class Workbench:
                 metric=self.metric,
                 derived=self._derived(),
             )
-            covered = self._coverage(candidate)
+            covered = self._coverage(candidate.path)
         except CandidateError as error:
             return dataclasses.replace(candidate, failure=error.cause)
         return dataclasses.replace(
@@ -316,22 +271,8 @@ class Workbench:
         work = {site.name: site.macs or site.weights for site in quantizable(self.model)}
         return sum(amount for name, amount in work.items() if name in names) / max(sum(work.values()), 1)
 
-    def _coverage(self, candidate: Candidate) -> Coverage:
-        if self.backend != "onnxruntime-cpu":
-            return coverage(candidate.path, executed=None, dims=self.dims)
-        executed = candidate.path.with_name("executed") / MODEL_FILE
-        executed.parent.mkdir()
-        signed = candidate.activations == "s8"
-        optimizers = DISABLED_OPTIMIZERS
+    def _coverage(self, model: Path) -> Coverage:
         try:
-            write_executed(candidate.path, executed, dims=self.dims, disabled_optimizers=optimizers, signed=signed)
+            return coverage_of(model, self.dialect, self.dims)
         except ConversionError as error:  # with the usual sizes given it may refuse what it has just run without them
             raise CandidateError(error.cause, error.remedy) from error
-        found = coverage(candidate.path, executed=executed, dims=self.dims)
-        shutil.rmtree(executed.parent)
-        return found
-
-    def _path(self, label: str) -> Path:
-        folder = self.folder / label
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / MODEL_FILE

@@ -41,7 +41,6 @@ __all__ = ["convert_tensor"]
 Progress = Callable[[str, int, int, str], None]
 
 DEVICES = "devices"
-_CHECKS_NOTHING = "onnxruntime-cpu"  # every other backend is compared with the CPU before it first serves
 
 
 def _silent(stage: str, done: int, total: int, detail: str) -> None:
@@ -114,7 +113,8 @@ def _manifest(
 ) -> TensorManifest:
     """Copy what comes before and after the model, and describe everything."""
     files = [*made.files, *_settings(prepared, folder)]
-    if any(plan.backend != _CHECKS_NOTHING for plan in (made.plan, *(other.plan for other in others))):
+    # What a GPU computes is compared with the CPU before it first serves.
+    if any(plan.on_gpu for plan in (made.plan, *(other.plan for other in others))):
         write_samples(folder / SAMPLES_FILE, prepared.samples.judged)
         files.append(describe_file(folder, SAMPLES_FILE, SAMPLES_ROLE))
     source = prepared.source

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import platform
 from collections.abc import Callable, Mapping, Sequence
 
 from edgeq.converters.onnx.compare import MetricError
 from edgeq.errors import ConversionError, UnsupportedModelError
 from edgeq.planner.tensors.accuracy import missed
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, Candidate, Method, Workbench
+from edgeq.planner.tensors.candidates import Candidate, Method, Workbench
 from edgeq.planner.tensors.job import Gate
-from edgeq.planner.tensors.node_times import Clock, measured, probed
+from edgeq.planner.tensors.node_times import Clock
 from edgeq.planner.tensors.search import SEARCHED, eight_bit_candidates
 from edgeq.planner.tensors.speed import fastest
 from edgeq.planner.tensors.timing import Timing
-from edgeq.profiles.device import Backend, DeviceProfile
-from edgeq.profiles.onnx.cost import OnnxFigures
 from edgeq.tensor_types import Scheme
 from edgeq.types import Rejection
 
-__all__ = ["Decision", "decide", "is_like_this_machine"]
+__all__ = ["Decision", "decide"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +40,16 @@ class Decision:
     notes: tuple[str, ...]
 
 
-def is_like_this_machine(profile: DeviceProfile, backend: Backend) -> bool:
-    """Whether times of this machine say which way is faster on the target."""
-    return not backend.on_gpu and profile.arch in (platform.machine(), "any")
-
-
-def decide(  # noqa: PLR0913 - what is known of model, inputs, target and wishes
+def decide(
     bench: Workbench,
     schemes: Sequence[Scheme],
     gate: Gate,
     keep_float: Mapping[str, str],
     *,
     method: Method | None,
-    timed: bool,
+    clock: Clock | None,
     asked: bool,
     max_latency_ms: float | None = None,
-    figures: OnnxFigures | None = None,
 ) -> Decision:
     """Make candidates, drop what misses the gate, and take the fastest.
 
@@ -68,17 +59,17 @@ def decide(  # noqa: PLR0913 - what is known of model, inputs, target and wishes
         gate: what a candidate must keep.
         keep_float: nodes that the user wants in floats, with the reason.
         method: of calibration; None to try all and take the one with the nearest outputs.
-        timed: whether times of this machine count for the target.
+        clock: of single nodes: one that measures here if times of this machine count for the target, or that of a
+            probe of the target; None if nothing is known.
         asked: whether the user named the precision: then nothing else is taken in its place, and no node stays in
             floats for speed alone.
         max_latency_ms: of a call, where times of this machine count; None if there is no such goal.
-        figures: of a probe of the target, where they do not; None without one.
 
     Raises:
         BudgetError: nothing that passes the gate is fast enough.
         ConversionError: what was asked for misses the gate or covers too little, with both figures.
     """
-    clock = _clock(bench, figures, timed=timed)
+    timed = clock is not None and clock.is_measured
     search = functools.partial(eight_bit_candidates, gate=gate, method=method, clock=clock, for_speed=not asked)
     asked_share = bench.share(keep_float.keys())
     rejected: list[Rejection] = []
@@ -134,13 +125,6 @@ def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: 
     if not lost or found.mac_share + allowed >= gate.min_coverage:
         return None
     return f"only {found.mac_share:.0%} of the multiply-adds are quantized; in floats are {', '.join(lost[:5])}"
-
-
-def _clock(bench: Workbench, figures: OnnxFigures | None, *, timed: bool) -> Clock | None:
-    """Where times of single nodes come from; None to assume them."""
-    if timed:
-        return measured(bench.samples.judged, threads=bench.threads, disabled_optimizers=DISABLED_OPTIMIZERS)
-    return None if figures is None else probed(figures, bench.dims)
 
 
 def _candidates(

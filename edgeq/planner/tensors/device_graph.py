@@ -12,11 +12,12 @@ import msgspec
 from edgeq.bundle import describe_file
 from edgeq.converters.onnx.layers import compare_layers
 from edgeq.errors import MissingPackageError
-from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
+from edgeq.planner.tensors.candidates import Workbench
 from edgeq.planner.tensors.decide import Decision
 from edgeq.planner.tensors.plan import make_plan
 from edgeq.planner.tensors.prepare import Prepared
 from edgeq.planner.tensors.verify import verify_graph
+from edgeq.planner.tensors.writing import MODEL_FILE
 from edgeq.tensor_types import Coverage, TensorPlan, TensorQuality, TensorVariant
 from edgeq.types import BundleFile, Target, to_json
 

@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgeq.converters.onnx.calibration.ranges import Range
-from edgeq.converters.onnx.quantize.coverage import coverage, write_executed
-from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
-from edgeq.converters.onnx.quantize.fp8 import fp8_tensors, quantize_fp8
-from edgeq.converters.onnx.quantize.half import to_half
-from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
-from edgeq.converters.onnx.quantize.weights_only import quantize_weights
 from edgeq.errors import ConversionError
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, MODEL_FILE
 from edgeq.planner.tensors.predict import predict
 from edgeq.planner.tensors.prepare import Prepared
+from edgeq.planner.tensors.writing import (
+    DISABLED_OPTIMIZERS,
+    MODEL_FILE,
+    Evidence,
+    coverage_of,
+    tensors_to_range,
+    write_scheme,
+)
 from edgeq.record import Record
 from edgeq.tensor_types import AxisRange, Coverage, Scheme, TensorPrediction
 
@@ -70,7 +71,7 @@ def _count(prepared: Prepared, scheme: Scheme, keep_float: Mapping[str, str], fo
     place = folder / f"counted-{scheme}"
     try:
         model = write_option(prepared, scheme, keep_float, place)
-        covered = None if scheme == "fp32" else _coverage(prepared, model, place)
+        covered = None if scheme == "fp32" else coverage_of(model, prepared.bench.dialect, prepared.bench.dims)
     except ConversionError as error:
         return TensorOption(scheme=scheme, reason=error.cause)
     else:
@@ -103,44 +104,7 @@ def write_option(prepared: Prepared, scheme: Scheme, keep_float: Mapping[str, st
     if scheme == "fp32":
         return prepared.bench.reference
     folder.mkdir(parents=True)
-    _write(prepared, scheme, folder / MODEL_FILE, frozenset(keep_float))
-    return folder / MODEL_FILE
-
-
-def _write(prepared: Prepared, scheme: Scheme, out: Path, kept: frozenset[str]) -> None:
-    bench = prepared.bench
-    if scheme == "fp16":
-        to_half(bench.model, out, keep_float=kept)
-    elif scheme == "int8-dynamic":
-        quantize_dynamic(bench.model, out, keep_float=kept, narrow_weights=bench.narrow_weights)
-    elif scheme in ("int8-weights", "int4-weights"):
-        quantize_weights(bench.model, out, bits=8 if scheme == "int8-weights" else 4, keep_float=kept)
-    else:
-        grids = out.with_name("grids") / MODEL_FILE if prepared.backend.on_gpu else out
-        grids.parent.mkdir(exist_ok=True)
-        if scheme == "fp8":
-            quantize_fp8(bench.model, grids, dict.fromkeys(fp8_tensors(bench.model), _MADE_UP), keep_float=kept)
-        else:
-            ranges = dict.fromkeys(calibration_tensors(bench.model, bench.backend, kept), _MADE_UP)
-            quantize_static(
-                bench.model,
-                grids,
-                ranges,
-                backend=bench.backend,
-                activations=bench.activations,
-                keep_float=kept,
-                narrow_weights=bench.narrow_weights,
-            )
-        if grids != out:
-            to_half(grids, out)
-
-
-def _coverage(prepared: Prepared, model: Path, folder: Path) -> Coverage:
-    bench = prepared.bench
-    if prepared.backend.on_gpu:
-        return coverage(model, executed=None, dims=bench.dims)
-    executed = folder / "executed" / MODEL_FILE
-    executed.parent.mkdir()
-    signed = bench.activations == "s8"
-    write_executed(model, executed, dims=bench.dims, disabled_optimizers=DISABLED_OPTIMIZERS, signed=signed)
-    return coverage(model, executed=executed, dims=bench.dims)
+    bench, kept, out = prepared.bench, frozenset(keep_float), folder / MODEL_FILE
+    ranges = dict.fromkeys(tensors_to_range(bench.model, scheme, bench.dialect, kept), _MADE_UP)
+    write_scheme(scheme, bench.model, out, bench.dialect, kept=kept, evidence=Evidence(ranges))
+    return out

@@ -25,7 +25,6 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
         BudgetError: it takes more memory than the budget has, with what would fit.
     """
     chosen = decision.chosen
-    on_cpu = prepared.backend.name == "onnxruntime-cpu"
     speedup = None
     if decision.timing is not None and decision.float_timing is not None:
         speedup = 1 / decision.timing.slowness
@@ -41,7 +40,7 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
         float_nodes=dict(chosen.float_nodes),
         axes=dict(prepared.axes),
         threads=prepared.bench.threads,
-        disabled_optimizers=chosen.disabled_optimizers if on_cpu else (),
+        disabled_optimizers=() if prepared.backend.on_gpu else chosen.disabled_optimizers,
         predicted=predicted,
         speedup=speedup,
         rejected=decision.rejected,

@@ -10,13 +10,13 @@ from typing import Literal
 import msgspec
 
 from edgeq.errors import ConversionError
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS
 from edgeq.planner.tensors.job import TensorJob
 from edgeq.planner.tensors.memory_budget import memory_error
 from edgeq.planner.tensors.options import TensorOption, count_options, write_option
 from edgeq.planner.tensors.plan import make_plan
 from edgeq.planner.tensors.prepare import Prepared, decision_of, kept_nodes, prepare, prepare_other
 from edgeq.planner.tensors.schemes import impossible_schemes
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
 from edgeq.record import Record
 from edgeq.staging import staging_folder
 from edgeq.tensor_types import Coverage, TensorArtifact, TensorPlan, TensorQuality
@@ -192,4 +192,4 @@ def _undecided(tried: str) -> str:
 def _activations(prepared: Prepared, option: TensorOption) -> Literal["u8", "s8"] | None:
     if option.scheme == "int8-dynamic":
         return "u8"
-    return prepared.bench.activations if option.scheme == "int8-static" else None
+    return prepared.bench.dialect.activations if option.scheme == "int8-static" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +17,14 @@ from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.source import resolve
 from edgeq.errors import UsageError
 from edgeq.inputs.arrays import refuse_constant
-from edgeq.planner.tensors.candidates import MODEL_FILE, Workbench
-from edgeq.planner.tensors.decide import Decision, decide, is_like_this_machine
+from edgeq.planner.tensors.candidates import Workbench
+from edgeq.planner.tensors.decide import Decision, decide
 from edgeq.planner.tensors.job import TensorJob
+from edgeq.planner.tensors.node_times import Clock, measured, probed
 from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_uncounted, refuse_unmeasured
 from edgeq.planner.tensors.samples import Samples, gather_samples
 from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, MODEL_FILE, Dialect
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
 from edgeq.profiles.loader import load_profile
 from edgeq.profiles.onnx.opsets import newest_opset
@@ -96,7 +99,7 @@ def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
     refuse_constant(samples.calibration, exported.artifact.inputs)
     if source.format == "onnx" and job.calibration.inputs is not None:
         exported = check_adopted(Path(source.path), exported, samples.judged[:_CHECKED_INPUTS])
-    bench = _workbench(job, profile, backend, exported, samples, work, progress)
+    bench = _workbench(job, (profile, backend), exported, axes, samples, work, progress)
     budget = merge_budgets(profile.budgets.perception, job.budget)
     return Prepared(source, profile, backend, budget, schemes, exported, axes, samples, bench, beside)
 
@@ -117,7 +120,7 @@ def prepare_other(job: TensorJob, first: Prepared, device: str, work: Path, prog
     profile = load_profile(device)
     backend = choose_backend(profile, None)
     schemes = schemes_for(profile, backend, job.precision)
-    bench = _workbench(job, profile, backend, first.exported, first.samples, work, progress)
+    bench = _workbench(job, (profile, backend), first.exported, first.axes, first.samples, work, progress)
     return dataclasses.replace(
         first,
         profile=profile,
@@ -139,18 +142,27 @@ def decision_of(job: TensorJob, prepared: Prepared) -> Decision:
 
     Only a limit of latency that the job itself gives is a goal: a profile's says what cameras usually need.
     """
-    profile = prepared.profile
     return decide(
         prepared.bench,
         prepared.schemes,
         job.gate,
         kept_nodes(job, prepared.bench),
         method=None if job.calibration.method == "auto" else job.calibration.method,
-        timed=is_like_this_machine(profile, prepared.backend),
+        clock=_clock(prepared),
         asked=job.precision != "auto",
         max_latency_ms=job.budget.latency_ms,
-        figures=None if profile.measured is None or prepared.backend.on_gpu else profile.measured.onnx,
     )
+
+
+def _clock(prepared: Prepared) -> Clock | None:
+    """Times of single nodes: measured if this machine is like the target, else by a probe of it; None without one."""
+    profile, bench = prepared.profile, prepared.bench
+    if prepared.backend.on_gpu:
+        return None
+    if profile.arch in (platform.machine(), "any"):
+        return measured(bench.samples.judged, threads=bench.threads, disabled_optimizers=DISABLED_OPTIMIZERS)
+    figures = None if profile.measured is None else profile.measured.onnx
+    return None if figures is None else probed(figures, bench.dims)
 
 
 def _exported(job: TensorJob, source: ModelSource, work: Path, progress: Progress) -> Exported:
@@ -203,15 +215,16 @@ def _axes(artifact: TensorArtifact) -> dict[str, AxisRange]:
 
 def _workbench(
     job: TensorJob,
-    profile: DeviceProfile,
-    backend: Backend,
+    device: tuple[DeviceProfile, Backend],
     exported: Exported,
+    axes: Mapping[str, AxisRange],
     samples: Samples,
     work: Path,
     progress: Progress,
 ) -> Workbench:
     from edgeq.llama import default_threads
 
+    profile, backend = device
     clean = work / "clean"
     clean.mkdir()
     progress("clean", 0, 1, backend.name)
@@ -221,16 +234,14 @@ def _workbench(
         reference=clean / MODEL_FILE,
         model=clean / MODEL_FILE,
         folder=work / "candidates",
-        backend=backend.name,
-        activations=activations_of(profile, backend),
+        dialect=Dialect(backend.name, activations_of(profile, backend), needs_narrow_weights(profile, backend)),
         samples=samples,
         task=exported.artifact.task,
         classes=_n_classes(exported),
-        dims={name: sizes.usual for name, sizes in _axes(exported.artifact).items()},
+        dims={name: sizes.usual for name, sizes in axes.items()},
         percentile=job.calibration.percentile,
         threads=job.threads or min(profile.threads or default_threads(), default_threads()),
         progress=progress,
-        narrow_weights=needs_narrow_weights(profile, backend),
         exported=exported.path,
         metric=job.gate.metric,
         embedding=exported.artifact.embedding,

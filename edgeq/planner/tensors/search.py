@@ -227,8 +227,8 @@ def _errors(way: _Way, sites: Sequence[NodeSite]) -> dict[str, float]:
         bench.folder,
         [Switch(site.name, None if ranges is None else ranges.get(site.activation)) for site in sites],
         bench.samples.calibration[:_SENSITIVITY_INPUTS],
-        activations="fp8" if way.candidate.scheme == "fp8" else bench.activations,
-        symmetric=is_tensorrt(bench.backend),
+        activations="fp8" if way.candidate.scheme == "fp8" else bench.dialect.activations,
+        symmetric=is_tensorrt(bench.dialect.backend),
         threads=bench.threads,
         progress=lambda done, total, what: bench.progress("sensitivity", done, total, what),
     )

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from edgeq.converters.onnx.skeleton import read_skeleton
 from edgeq.errors import BudgetError
 from edgeq.planner.tensors.accuracy import worst_cosine
-from edgeq.planner.tensors.candidates import DISABLED_OPTIMIZERS, Candidate, Workbench
-from edgeq.planner.tensors.timing import Timing, time_in_turns
+from edgeq.planner.tensors.candidates import Candidate, Workbench
+from edgeq.planner.tensors.timing import MOST_SECONDS, Timing, time_in_turns
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
 from edgeq.types import Rejection
 
 __all__ = ["Timed", "fastest", "fastest_float", "surely_within"]
@@ -160,14 +161,14 @@ def _without_idle_variants(
     return [c for c in candidates if c.label not in dropped], tuple(dropped.values())
 
 
-def _in_turns(bench: Workbench, candidates: Sequence[Candidate], rounds: int = _ROUNDS) -> tuple[Timing, ...]:
+def _in_turns(bench: Workbench, candidates: Sequence[Candidate], *, longer: bool = False) -> tuple[Timing, ...]:
     return time_in_turns(
         [candidate.path for candidate in candidates],
         bench.samples.judged,
         threads=bench.threads,
         disabled_optimizers=[candidate.disabled_optimizers for candidate in candidates],
-        rounds=rounds,
-        **({} if rounds == _ROUNDS else {"most_seconds": _MORE_SECONDS}),
+        rounds=_MORE_ROUNDS if longer else _ROUNDS,
+        most_seconds=_MORE_SECONDS if longer else MOST_SECONDS,
     )
 
 
@@ -176,7 +177,7 @@ def _again(bench: Workbench, floats: Candidate, other: Candidate, timing: Timing
     if timing.slowness > most:
         return timing
     bench.progress("time", 0, 1, f"{other.label}, for longer")
-    return _in_turns(bench, (floats, other), _MORE_ROUNDS)[1]
+    return _in_turns(bench, (floats, other), longer=True)[1]
 
 
 def _require_latency(chosen: Candidate, timing: Timing, limit: float | None) -> None:

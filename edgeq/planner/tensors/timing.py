@@ -26,12 +26,12 @@ from edgeq.stats import upper_bound
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Call", "Kernel", "Timing", "kernel_times", "time_in_turns", "timing_of"]
+__all__ = ["MOST_SECONDS", "Call", "Kernel", "Timing", "kernel_times", "time_in_turns", "timing_of"]
 
 Call = Mapping[str, NDArray[np.generic]]
 
 _WARM_UP = 2
-_MOST_SECONDS = 20.0
+MOST_SECONDS = 20.0
 _FEWEST_ROUNDS = 5
 _CONFIDENCE = 0.95  # of a bound of the median ratio
 
@@ -69,7 +69,7 @@ def time_in_turns(
     threads: int,
     disabled_optimizers: Sequence[Sequence[str]] | None = None,
     rounds: int = 15,
-    most_seconds: float = _MOST_SECONDS,
+    most_seconds: float = MOST_SECONDS,
 ) -> tuple[Timing, ...]:
     """Time models with the same inputs, one call each in turn.
 

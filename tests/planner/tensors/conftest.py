@@ -138,6 +138,7 @@ def make_bench(tmp_path: Path) -> Callable[..., Workbench]:
     """``make_bench(model, **fields)``: random inputs for its ``x``, one thread."""
     from edgeq.planner.tensors.candidates import Workbench
     from edgeq.planner.tensors.samples import Samples
+    from edgeq.planner.tensors.writing import Dialect
 
     def make(model: Path, *, width: int = WIDTH, rows: int = ROWS, **fields: Any) -> Workbench:
         rng = np.random.default_rng(1)
@@ -146,8 +147,7 @@ def make_bench(tmp_path: Path) -> Callable[..., Workbench]:
             "reference": model,
             "model": model,
             "folder": tmp_path / "candidates",
-            "backend": "onnxruntime-cpu",
-            "activations": "u8",
+            "dialect": Dialect("onnxruntime-cpu", "u8"),
             "samples": Samples(calls[:3], calls[3:], "random numbers"),
             "task": "tensor",
             "classes": None,

@@ -11,6 +11,7 @@ import pytest
 
 from edgeq.planner.tensors.candidates import Workbench
 from edgeq.planner.tensors.overflow import nodes_that_touch, too_large_for_half
+from edgeq.planner.tensors.writing import Dialect
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -49,7 +50,7 @@ def _halves(path: Path) -> set[str]:
 
 
 def test_nodes_around_large_values_stay_in_floats(loud: Path, make_bench: Callable[..., Workbench]) -> None:
-    bench = make_bench(loud, width=64, rows=8, backend="tensorrt", activations="s8")
+    bench = make_bench(loud, width=64, rows=8, dialect=Dialect("tensorrt", "s8"))
     found = bench.other("fp16", {})
     assert _halves(found.path) == {"out"}
     (note,) = [note for note in found.notes if "65504" in note]
@@ -57,7 +58,7 @@ def test_nodes_around_large_values_stay_in_floats(loud: Path, make_bench: Callab
 
 
 def test_around_grids_too(loud: Path, make_bench: Callable[..., Workbench]) -> None:
-    bench = make_bench(loud, width=64, rows=8, backend="tensorrt", activations="s8")
+    bench = make_bench(loud, width=64, rows=8, dialect=Dialect("tensorrt", "s8"))
     found = bench.static(bench.ranges(("minmax",))["minmax"], {}, "int8")
     assert found.coverage is not None
     assert found.coverage.mac_share == 1.0

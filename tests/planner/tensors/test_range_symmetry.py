@@ -9,6 +9,7 @@ import numpy as np
 
 from edgeq.planner.tensors.candidates import Workbench
 from edgeq.planner.tensors.samples import Samples
+from edgeq.planner.tensors.writing import Dialect
 
 
 def test_signed_activations_of_a_cpu_have_zero_points(chain: Path, make_bench: Callable[..., Workbench]) -> None:
@@ -16,7 +17,7 @@ def test_signed_activations_of_a_cpu_have_zero_points(chain: Path, make_bench: C
     calls = [{"x": rng.random((128, 512), np.float32)} for _ in range(2)]
     found = {}
     for backend in ("onnxruntime-cpu", "tensorrt"):
-        bench = make_bench(chain, backend=backend, activations="s8", samples=Samples(calls, calls, "positive numbers"))
+        bench = make_bench(chain, dialect=Dialect(backend, "s8"), samples=Samples(calls, calls, "positive numbers"))
         found[backend] = bench.ranges(("minmax",))["minmax"]["x"]
     one = found["onnxruntime-cpu"]
     assert one.low == 0

@@ -20,6 +20,7 @@ from edgeq.planner.tensors.node_times import measured
 from edgeq.planner.tensors.samples import Samples
 from edgeq.planner.tensors.search import eight_bit_candidates
 from edgeq.planner.tensors.timing import kernel_times
+from edgeq.planner.tensors.writing import Dialect
 from edgeq.tensor_types import Coverage, Embedding, Scheme
 
 MakeBench = Callable[..., Workbench]
@@ -80,7 +81,7 @@ def test_a_mix_says_what_was_predicted_and_what_is_measured(chain: Path, make_be
 
 def test_static_weights_are_narrow_where_sums_overflow(chain: Path, make_bench: MakeBench) -> None:
     onnx = pytest.importorskip("onnx")
-    bench = make_bench(chain, narrow_weights=True)
+    bench = make_bench(chain, dialect=Dialect("onnxruntime-cpu", "u8", narrow_weights=True))
     found = bench.static(bench.ranges(("minmax",))["minmax"], {}, "narrow")
     tensors = {tensor.name: tensor for tensor in onnx.load(found.path).graph.initializer}
     stored = onnx.numpy_helper.to_array(next(t for name, t in tensors.items() if name.startswith("w1_quantized")))
@@ -135,14 +136,14 @@ def test_floats_that_were_chosen_are_no_lack_of_coverage_where_speed_shows_their
 
 
 def test_eight_bits_for_a_gpu_end_at_halves(chain: Path, make_bench: MakeBench) -> None:
-    bench = make_bench(chain, backend="tensorrt", activations="s8")
+    bench = make_bench(chain, dialect=Dialect("tensorrt", "s8"))
     schemes: tuple[Scheme, ...] = ("int8-static", "fp16", "fp32")
-    found = decide(bench, schemes, Gate(min_cosine=0.99), {}, method="minmax", timed=False, asked=False)
+    found = decide(bench, schemes, Gate(min_cosine=0.99), {}, method="minmax", clock=None, asked=False)
     assert found.chosen.scheme == "int8-static"
-    strict = decide(bench, schemes, Gate(min_cosine=0.999999), {}, method="minmax", timed=False, asked=False)
+    strict = decide(bench, schemes, Gate(min_cosine=0.999999), {}, method="minmax", clock=None, asked=False)
     assert strict.chosen.scheme == "fp16"
     assert strict.rejected[0].option.startswith("int8-static")
-    exact = decide(bench, schemes, Gate(min_cosine=1.0), {}, method="minmax", timed=False, asked=False)
+    exact = decide(bench, schemes, Gate(min_cosine=1.0), {}, method="minmax", clock=None, asked=False)
     assert exact.chosen.scheme == "fp32"
     assert np.isfinite(_cosine(found.chosen))
 
@@ -163,13 +164,13 @@ def _with_a_count(chain: Path) -> Path:
 def test_a_candidate_of_other_shapes_is_rejected_with_the_reason(chain: Path, make_bench: MakeBench) -> None:
     bench = make_bench(_with_a_count(chain))
     schemes: tuple[Scheme, ...] = ("int8-static", "int8-dynamic", "fp32")
-    found = decide(bench, schemes, Gate(min_cosine=0.5), {}, method="minmax", timed=False, asked=False)
+    found = decide(bench, schemes, Gate(min_cosine=0.5), {}, method="minmax", clock=None, asked=False)
     assert found.chosen.scheme == "fp32"
     assert [entry.option.split("-m")[0] for entry in found.rejected] == ["int8-static", "int8-dynamic"]
     for entry in found.rejected:
         assert re.search(r"'places' of the quantized model has the shape \[2, \d+\] instead of", entry.reason)
     with pytest.raises(ConversionError, match=r"int8-dynamic.*has the shape \[2, \d+\] instead of \[2, \d+\] on input"):
-        decide(bench, ("int8-dynamic",), Gate(min_cosine=0.5), {}, method=None, timed=False, asked=True)
+        decide(bench, ("int8-dynamic",), Gate(min_cosine=0.5), {}, method=None, clock=None, asked=True)
 
 
 def test_a_candidate_that_cannot_be_loaded_is_rejected_with_the_reason(
@@ -183,13 +184,13 @@ def test_a_candidate_that_cannot_be_loaded_is_rejected_with_the_reason(
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
         onnx.save(model, out)
 
-    monkeypatch.setattr("edgeq.planner.tensors.candidates.quantize_weights", broken)
+    monkeypatch.setattr("edgeq.planner.tensors.writing.quantize_weights", broken)
     schemes: tuple[Scheme, ...] = ("int8-weights", "fp32")
-    found = decide(make_bench(chain), schemes, Gate(), {}, method=None, timed=False, asked=False)
+    found = decide(make_bench(chain), schemes, Gate(), {}, method=None, clock=None, asked=False)
     assert found.chosen.scheme == "fp32"
     assert "ONNX Runtime cannot load" in found.rejected[0].reason
     with pytest.raises(ConversionError, match="int8-weights: ONNX Runtime cannot load"):
-        decide(make_bench(chain), schemes[:1], Gate(), {}, method=None, timed=False, asked=True)
+        decide(make_bench(chain), schemes[:1], Gate(), {}, method=None, clock=None, asked=True)
 
 
 def test_text_encoders_are_compared_by_vectors_of_texts(tmp_path: Path, make_bench: MakeBench) -> None:
