@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from edgeq.converters.checkpoint import Checkpoint
 from edgeq.converters.gguf.header import GgufHeader, read_header
 from edgeq.converters.hub import Progress, download
+from edgeq.converters.json_files import read_json_object
 from edgeq.converters.onnx.skeleton import read_skeleton
 from edgeq.errors import SourceError, UnsupportedModelError, UsageError
 from edgeq.ggml_types import TYPES
@@ -24,7 +24,6 @@ __all__ = ["resolve", "weight_files", "weights_sha256"]
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---", re.DOTALL | re.MULTILINE)
 _CHUNK_BYTES = 4 << 20
-_MAX_CONFIG_BYTES = 16 << 20
 
 
 def resolve(
@@ -185,17 +184,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise _not_a_model(folder)
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise SourceError(f"{path} is too large for a configuration", "Download the model again")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no valid JSON ({error})", "Download the model again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path} holds no JSON object", "Download the model again")
-    return config
+    return read_json_object(path)
 
 
 def _not_a_model(folder: Path) -> SourceError:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = [
     "clustered_mean",
@@ -94,13 +94,7 @@ def required_samples(q: float, confidence: float, misses: int = 0) -> int:
     too_few, enough = misses, misses + 1
     while not _decided(enough, misses, p_miss, confidence):
         too_few, enough = enough, enough * 2
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        if _decided(middle, misses, p_miss, confidence):
-            enough = middle
-        else:
-            too_few = middle
-    return enough
+    return _turning_point(enough, too_few, lambda n: _decided(n, misses, p_miss, confidence))
 
 
 def missing_samples(n_samples: int, misses: int, q: float, confidence: float) -> int:
@@ -200,13 +194,18 @@ def _allowed_misses(n: int, p_miss: float, confidence: float) -> int | None:
         return None
     # P(K <= n * p) is at least a half, so m lies below the mean.
     allowed, refused = 0, math.ceil(n * p_miss) + 1
-    while refused - allowed > 1:
-        middle = (allowed + refused) // 2
-        if _decided(n, middle, p_miss, confidence):
-            allowed = middle
+    return _turning_point(allowed, refused, lambda misses: _decided(n, misses, p_miss, confidence))
+
+
+def _turning_point(yes: int, no: int, holds: Callable[[int], bool]) -> int:
+    """The last number on the way from ``yes``, for which it holds, to ``no``, for which it does not."""
+    while abs(no - yes) > 1:
+        middle = (yes + no) // 2
+        if holds(middle):
+            yes = middle
         else:
-            refused = middle
-    return allowed
+            no = middle
+    return yes
 
 
 def _ordered(samples: Sequence[float]) -> list[float]:

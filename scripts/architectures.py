@@ -111,7 +111,7 @@ def _dense() -> Mapping[str, Architecture]:
         "DPT": Architecture(dpt, square(384)),
         "Depth Anything": Architecture(depth_anything, square(224)),
         "SegFormer": Architecture(lambda: t.SegformerForSemanticSegmentation(t.SegformerConfig()), square(512)),
-        "UperNet": Architecture(upernet, square(512)),
+        "UperNet": Architecture(upernet, square(256)),
         "Mask2Former": Architecture(mask2former, square(384)),
     }
 

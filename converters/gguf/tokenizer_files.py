@@ -21,16 +21,6 @@ __all__ = ["BpeModel", "Step", "TokenizerFiles", "TokenizerJson", "as_token_text
 T = TypeVar("T")
 
 
-class _AddedTokenJson(msgspec.Struct):
-    id: int
-    content: str
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
-
-
 class BpeModel(msgspec.Struct):
     """``model`` of a tokenizer.json whose type is BPE."""
 
@@ -98,7 +88,7 @@ class TokenizerJson(msgspec.Struct):
     """``tokenizer.json``; the model is kept as text until its type is known."""
 
     model: msgspec.Raw
-    added_tokens: list[_AddedTokenJson] = []
+    added_tokens: list[AddedToken] = []
     normalizer: Step | None = None
     pre_tokenizer: Step | None = None
     post_processor: Step | None = None
@@ -188,7 +178,7 @@ class TokenizerFiles:
         result: dict[int, AddedToken] = {}
         if self.json is not None:
             for entry in self.json.added_tokens:
-                _claim(result, AddedToken(**msgspec.structs.asdict(entry)))
+                _claim(result, entry)
         decoder = self.config.get("added_tokens_decoder")
         for key, value in decoder.items() if isinstance(decoder, dict) else ():
             _claim(result, _from_decoder(key, value, self.folder))
@@ -230,12 +220,11 @@ def _claim(tokens: dict[int, AddedToken], token: AddedToken) -> None:
 def _from_decoder(key: str, value: object, folder: Path) -> AddedToken:
     path = folder / "tokenizer_config.json"
     try:
-        entry = msgspec.convert({**value, "id": int(key)} if isinstance(value, dict) else value, _AddedTokenJson)
+        return msgspec.convert({**value, "id": int(key)} if isinstance(value, dict) else value, AddedToken)
     except (ValueError, msgspec.ValidationError) as error:
         raise SourceError(
             f"{path}: added_tokens_decoder[{key!r}] is no added token ({error})", "Get the tokenizer files again"
         ) from None
-    return AddedToken(**msgspec.structs.asdict(entry))
 
 
 def _bytes(path: Path) -> bytes:

@@ -59,6 +59,12 @@ def read_spm_json(files: TokenizerFiles, document: TokenizerJson, model: BpeMode
     unk_id = None if model.unk_token is None else vocabulary.get(model.unk_token)
     if unk_id is not None:
         pieces[unk_id] = Piece(pieces[unk_id].text, TokenType.UNKNOWN, unmerged)
+    return _vocabulary(pieces, added, prefix, unk_id)
+
+
+def _vocabulary(
+    pieces: Mapping[int, Piece], added: tuple[AddedToken, ...], prefix: str, unk_id: int | None
+) -> Vocabulary:
     return Vocabulary(
         model="llama",
         pre="default",
@@ -67,7 +73,7 @@ def read_spm_json(files: TokenizerFiles, document: TokenizerJson, model: BpeMode
         added=added,
         space_prefix=prefix,
         unk_id=unk_id,
-        notes=tuple(_PREFIX_NOTES[name] for name in _PREFIX_NOTES if name == prefix),
+        notes=(_PREFIX_NOTES[prefix],) if prefix in _PREFIX_NOTES else (),
     )
 
 
@@ -105,17 +111,7 @@ def read_spm_model(files: TokenizerFiles, data: bytes) -> tuple[Vocabulary, Sent
             pieces[index] = piece
     legacy = files.config.get("legacy") is True
     prefix = ("prepend" if legacy else "first") if model.add_dummy_prefix else "never"
-    vocabulary = Vocabulary(
-        model="llama",
-        pre="default",
-        pieces=pieces,
-        merges=None,
-        added=added,
-        space_prefix=prefix,
-        unk_id=model.unk_id,
-        notes=tuple(_PREFIX_NOTES[name] for name in _PREFIX_NOTES if name == prefix),
-    )
-    return vocabulary, model
+    return _vocabulary(pieces, added, prefix, model.unk_id), model
 
 
 def _check_model(model: SentencePieceModel) -> None:

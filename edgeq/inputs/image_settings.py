@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from edgeq.errors import SourceError, UnsupportedModelError
+from edgeq.inputs.bounded import read_bounded
 
 __all__ = ["ImageSettings", "Rule", "image_settings"]
 
@@ -251,23 +252,14 @@ def image_settings(folder: Path) -> ImageSettings:
 def _read_settings(folder: Path) -> tuple[Path, _File]:
     own, shared = (folder / name for name in _FILES)
     if own.is_file():
-        return own, _decode(own, _read(own), _File)
-    inner = _decode(shared, _read(shared), _Wrapper).image_processor if shared.is_file() else None
+        return own, _decode(own, read_bounded(own, _MAX_BYTES), _File)
+    inner = _decode(shared, read_bounded(shared, _MAX_BYTES), _Wrapper).image_processor if shared.is_file() else None
     if inner is None:
         raise SourceError(
             f"{folder} holds no settings of an image processor ({own.name})",
             "Download the whole model, or give the inputs as .npz files",
         )
     return shared, inner
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SourceError(f"{path} is larger than any such file", "Download the model again")
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from error
 
 
 def _decode(path: Path, data: bytes, kind: type[S]) -> S:
@@ -284,7 +276,7 @@ def _processor_name(folder: Path, path: Path, file: _File) -> str:
     if name is not None:
         return name.removesuffix("Fast").removesuffix("Pil")
     config = folder / "config.json"
-    model_type = _decode(config, _read(config), _Config).model_type if config.is_file() else None
+    model_type = _decode(config, read_bounded(config, _MAX_BYTES), _Config).model_type if config.is_file() else None
     found = _OF_MODEL.get(model_type or "")
     if found is None:
         raise UnsupportedModelError(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import SourceError, UsageError, require_package
+from edgeq.inputs.bounded import read_bounded
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -63,7 +64,7 @@ def text_encoder(folder: str | os.PathLike[str], *, lowercase: bool = False) -> 
         )
     main, special = (_read_settings(place / name) for name in _SETTINGS)
     try:
-        tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(_read(path).decode("utf-8"))
+        tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(read_bounded(path, _MAX_BYTES).decode("utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise SourceError(f"{path} cannot be read as a tokenizer: {error}", "Download the model again") from error
     if lowercase:
@@ -191,15 +192,6 @@ def _read_settings(path: Path) -> _Settings:
     if not path.is_file():
         return _Settings()
     try:
-        return msgspec.json.decode(_read(path), type=_Settings)
+        return msgspec.json.decode(read_bounded(path, _MAX_BYTES), type=_Settings)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SourceError(f"{path} makes no sense: {error}", "Download the model again") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SourceError(f"{path} is larger than any such file", "Download the model again")
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check its permissions") from error

@@ -33,6 +33,7 @@ __all__ = ["DECODE_SHAPES", "MATMUL_SHAPES", "PROBED_TYPES", "Progress", "measur
 
 Progress = Callable[[str, int, int, str], None]
 _T = TypeVar("_T")
+_Timed = TypeVar("_Timed", CostEntry, AttentionPoint)
 
 # Row lengths of powers of two, which every type can have, and rows from a key matrix to a vocabulary; what lies between
 # is interpolated (`edgeq.profiles.kernels.cost_table`).
@@ -115,7 +116,7 @@ def measure_language(threads: int, *, seconds: float, progress: Progress) -> tup
     bare = LanguageCosts(
         decode=_mean_table([_table_at(tables[0], first.decode_ns), _table_at(tables[1], seventh.decode_ns)]),
         matmuls=tuple(_mean_matmul(turns) for turns in matmul_turns),
-        attention=tuple(_mean_attention(turns) for turns in attention_turns),
+        attention=tuple(_mean_times(turns) for turns in attention_turns),
         token_ns=0.0,
         layer_ns=0.0,
         layer_ns_per_value=0.0,
@@ -181,11 +182,11 @@ def _served(found: SessionTimes, factors: Reading) -> SessionTimes:
 
 def _mean_table(turns: Sequence[DecodeCosts]) -> DecodeCosts:
     """One table of the mean times, and of the larger of the loads that others put on the machine."""
-    entries = tuple(_mean_entry(same) for same in zip(*(table.entries for table in turns), strict=True))
+    entries = tuple(_mean_times(same) for same in zip(*(table.entries for table in turns), strict=True))
     return msgspec.structs.replace(turns[-1], entries=entries, busy_cpus=max(table.busy_cpus or 0.0 for table in turns))
 
 
-def _mean_entry(turns: Sequence[CostEntry]) -> CostEntry:
+def _mean_times(turns: Sequence[_Timed]) -> _Timed:
     return msgspec.structs.replace(
         turns[0],
         ns=statistics.fmean(entry.ns for entry in turns),
@@ -198,15 +199,6 @@ def _mean_matmul(turns: Sequence[MatmulPoint]) -> MatmulPoint:
     return msgspec.structs.replace(
         turns[0],
         flops_per_s=statistics.harmonic_mean([point.flops_per_s for point in turns]),
-        spread=statistics.fmean(point.spread for point in turns),
-        n=sum(point.n for point in turns),
-    )
-
-
-def _mean_attention(turns: Sequence[AttentionPoint]) -> AttentionPoint:
-    return msgspec.structs.replace(
-        turns[0],
-        ns=statistics.fmean(point.ns for point in turns),
         spread=statistics.fmean(point.spread for point in turns),
         n=sum(point.n for point in turns),
     )

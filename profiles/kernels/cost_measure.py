@@ -27,6 +27,7 @@ from edgeq.profiles.facts.fact_reader import FactReader
 from edgeq.profiles.facts.memory_facts import read_container
 from edgeq.profiles.kernels.cost_table import CostEntry, DecodeCosts, Matrix
 from edgeq.profiles.kernels.sample_weights import sample_blocks, sample_vector
+from edgeq.profiles.kernels.turns import MEMORY_SHARE, groups_that_fit, rounds
 from edgeq.system_files import SystemFiles
 
 __all__ = [
@@ -48,7 +49,6 @@ _ROUNDS = 15
 _FEWEST_ROUNDS = 3
 _MOST_COPIES = 1024
 _WHOLE_ROWS = 64  # of a matrix that is cut: a multiple of what every repacked layout interleaves
-_MEMORY_SHARE = 4  # the types that take turns hold at most this fraction of the free memory
 
 
 def last_level_cache_bytes() -> int | None:
@@ -108,7 +108,7 @@ def measure_matrices(
         UsageError: a type that there is not, or a number of threads that cannot be.
         SessionError: too little memory.
     """
-    free = free_bytes() // _MEMORY_SHARE
+    free = free_bytes() // MEMORY_SHARE
     working_set = min(working_set_bytes or default_working_set(), free)
     by_type: dict[str, list[tuple[int, int]]] = {}
     for name, shape in matrices:
@@ -189,16 +189,12 @@ class _Member:
 
 def _groups(by_type: Mapping[str, Sequence[tuple[int, int]]], working_set: int, limit: int) -> list[list[str]]:
     """Types that take turns because they fit in memory together."""
-    groups: list[list[str]] = []
-    held = 0
-    for name, shapes in by_type.items():
-        size = sum(_size(ggml_type(name), shape, working_set // len(shapes)).total_bytes for shape in shapes)
-        if not groups or held + size > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    return groups
+
+    def held(name: str) -> int:
+        share = working_set // len(by_type[name])
+        return sum(_size(ggml_type(name), shape, share).total_bytes for shape in by_type[name])
+
+    return groups_that_fit(((name, held(name)) for name in by_type), limit)
 
 
 def _measure_group(
@@ -220,14 +216,10 @@ def _measure_group(
             for index, size in enumerate(sizes):
                 matrices.set_vector(index, sample_vector(size.shape[0]))
             members[name] = _Member(sizes, matrices, [[] for _ in sizes])
-        for turn in range(_ROUNDS):
-            round_start = time.monotonic()
+        for turn in rounds(_FEWEST_ROUNDS, _ROUNDS, start + seconds):
             for name, member in members.items():
                 told(total * turn // _ROUNDS, name)
                 member.cycle()
-            now = time.monotonic()
-            if turn + 1 >= _FEWEST_ROUNDS and now + (now - round_start) > start + seconds:
-                break
     told(total, "done")
     return [entry for name, member in members.items() for entry in _entries(name, member)]
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from edgeq.ggml_types import ggml_type
 from edgeq.probe_points import AttentionPoint
 from edgeq.profiles.kernels.attention_costs import AttentionShape, Kernel, attention_kernel
 from edgeq.profiles.kernels.cost_measure import free_bytes, undisturbed
+from edgeq.profiles.kernels.turns import MEMORY_SHARE, groups_that_fit, rounds
 
 __all__ = ["BATCHES", "KV_TYPES", "SHAPES", "measure_attention"]
 
@@ -46,7 +47,6 @@ _TIMED_WORK = 12e6  # values of keys that are multiplied: rows times cells times
 _MOST_LAYERS = 64
 _ROUNDS = 15
 _FEWEST_ROUNDS = 3
-_MEMORY_SHARE = 4  # what takes turns holds at most this fraction of the free memory
 _SAMPLE_CELLS = 512
 
 
@@ -83,7 +83,7 @@ def measure_attention(
     points: list[AttentionPoint] = []
     total = sum(len(plan.batches) for plan in sets)
     with CpuBackend(threads) as backend:
-        for group in _groups(sets, free_bytes() // _MEMORY_SHARE):
+        for group in groups_that_fit(((plan, plan.total_bytes) for plan in sets), free_bytes() // MEMORY_SHARE):
             share = budget_s * len(group) / len(sets)
             points += _measure_group(backend, group, share, len(points), total, progress)
     return tuple(points)
@@ -121,17 +121,6 @@ def _sized(kv_type: str, shape: AttentionShape, batches: Sequence[tuple[int, int
     return tuple(made)
 
 
-def _groups(sets: Sequence[_Plan], limit: int) -> Iterator[list[_Plan]]:
-    """Sets that take turns because they fit in memory together; one at least."""
-    group: list[_Plan] = []
-    for plan in sets:
-        if group and sum(other.total_bytes for other in group) + plan.total_bytes > limit:
-            yield group
-            group = []
-        group.append(plan)
-    yield group
-
-
 def _measure_group(
     backend: CpuBackend,
     group: Sequence[_Plan],
@@ -151,14 +140,11 @@ def _measure_group(
         tell(0, "attention: filling caches")
         sets = [stack.enter_context(_filled(backend, plan)) for plan in group]
         times: list[list[list[float]]] = [[[] for _ in plan.batches] for plan in group]
-        for turn in range(_ROUNDS + 1):  # the first one is not timed: it fetches the results' memory
-            round_start = time.monotonic()
+        # the first one is not timed: it fetches the results' memory
+        for turn in rounds(_FEWEST_ROUNDS + 1, _ROUNDS + 1, start + seconds):
             for index, plan in enumerate(group):
                 tell(count * turn / (_ROUNDS + 1), f"attention over {plan.kv_type}")
                 _time_all(sets[index], plan, times[index], timed=turn > 0)
-            now = time.monotonic()
-            if turn >= _FEWEST_ROUNDS and now + (now - round_start) > start + seconds:
-                break
     tell(count, "done")
     return [
         _point(plan, batch, backend.threads, values)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from edgeq.ggml_types import ggml_type
 from edgeq.probe_points import MatmulPoint
 from edgeq.profiles.kernels.cost_measure import free_bytes, legal_matrices, undisturbed
 from edgeq.profiles.kernels.sample_weights import sample_blocks, sample_vector
+from edgeq.profiles.kernels.turns import MEMORY_SHARE, groups_that_fit, rounds
 
 __all__ = ["BATCHES", "SHAPES", "TYPES", "measure_matmul"]
 
@@ -40,7 +41,6 @@ _MOST_WEIGHTS = 1 << 22  # of a larger matrix so many are multiplied: speed does
 _WHOLE_ROWS = 64  # a multiple of what every repacked layout interleaves
 _ROUNDS = 11
 _FEWEST_ROUNDS = 3
-_MEMORY_SHARE = 4  # what takes turns holds at most this fraction of the free memory
 
 
 def measure_matmul(
@@ -71,7 +71,8 @@ def measure_matmul(
     ]
     points: list[MatmulPoint] = []
     with CpuBackend(threads) as backend:
-        for group in _groups(products, free_bytes() // _MEMORY_SHARE):
+        sized = ((product, product.total_bytes) for product in products)
+        for group in groups_that_fit(sized, free_bytes() // MEMORY_SHARE):
             share = budget_s * len(group) / len(products)
             points += _measure_group(backend, group, share, len(points), len(products), progress)
     return tuple(points)
@@ -103,20 +104,6 @@ def _sized(name: str, shape: tuple[int, int], batch: int) -> _Product:
     return _Product(name, shape, batch, used, copies)
 
 
-def _groups(products: Sequence[_Product], limit: int) -> Iterator[list[_Product]]:
-    """Products that take turns because they fit in memory together; one at least."""
-    group: list[_Product] = []
-    held = 0
-    for product in products:
-        if group and held + product.total_bytes > limit:
-            yield group
-            group, held = [], 0
-        group.append(product)
-        held += product.total_bytes
-    if group:
-        yield group
-
-
 def _measure_group(
     backend: CpuBackend,
     group: Sequence[_Product],
@@ -137,17 +124,14 @@ def _measure_group(
             vector = sample_vector(product.shape[0])
             matrices.set_vectors(index, np.tile(vector, (product.batch, 1)))
         times: list[list[float]] = [[] for _ in group]
-        for turn in range(_ROUNDS + 1):  # the first one is not timed: it fetches the results' memory
-            round_start = time.monotonic()
+        # the first one is not timed: it fetches the results' memory
+        for turn in rounds(_FEWEST_ROUNDS + 1, _ROUNDS + 1, start + seconds):
             for index, product in enumerate(group):
                 tell(len(group) * (turn + index / len(group)) / (_ROUNDS + 1), f"products of {product.type}")
                 begin = time.perf_counter_ns()
                 matrices.compute(index)
                 if turn:
                     times[index].append(float(time.perf_counter_ns() - begin))
-            now = time.monotonic()
-            if turn >= _FEWEST_ROUNDS and now + (now - round_start) > start + seconds:
-                break
     tell(len(group), "done")
     return [
         _point(product, buffer, backend.threads, found)

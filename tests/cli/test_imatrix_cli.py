@@ -19,23 +19,12 @@ import pytest
 
 from edgeq.bundle import open_bundle
 from edgeq.converters.gguf.imatrix import ImportanceMatrix, read_imatrix
-
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-TinyHf = Callable[..., Path]
+from tests.fixtures.command import Cli, RunCli, one_line
+from tests.fixtures.language_models import TinyHf
 
 QUICK = ("--threads", "1", "--calibration-tokens", "512")
 _BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 IN_BLOCKS = {f"blk.{layer}.{name}.weight" for layer in range(2) for name in _BLOCK}
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error, after checking that it is one line and no traceback."""
-    assert done.returncode == code, done.stderr + done.stdout
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +44,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(
-    untied: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: Cli
+    untied: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: RunCli
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A file, and what was said about it."""
     out = tmp_path_factory.mktemp("imatrix") / "own.gguf"

@@ -1,35 +1,24 @@
-"""Mixed types from the command line: searched, shown, drawn, exported and imported again, on models of two layers."""
+"""Mixed types from the command line: searched, shown, exported and imported again, on models of two layers."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
+import shutil
 import subprocess
-import sys
-import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import pytest
 
 from edgeq.bundle import open_bundle
 from edgeq.converters.gguf.header import read_header
+from edgeq.converters.gguf.imatrix import write_imatrix
+from edgeq.converters.gguf.observe import collect_imatrix
 from edgeq.converters.gguf.recipe import read_recipe
-
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-
-QUICK = ("--target", "laptop-cpu", "--threads", "1", "--estimator", "imatrix", "--calibration-tokens", "512")
-SEARCH = (*QUICK, "--decode-costs", "profile")
-LIMIT = ("--max-size", "95kB")
-
-
-class TinyHf(Protocol):
-    """The ``tiny_hf`` fixture."""
-
-    def __call__(self, case: str = ..., *, width: int = ..., seed: int = ...) -> Path: ...
+from tests.fixtures.command import Cli, RunCli, one_line
+from tests.fixtures.language_models import TinyHf
+from tests.fixtures.search import LIMIT, SEARCH
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +28,13 @@ def model(tiny_hf: TinyHf) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(
-    model: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: Cli
+    model: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: RunCli
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A bundle of a searched mix, and what convert said."""
     out = tmp_path_factory.mktemp("searched") / "bundle"
     done = run_cli("convert", model, *SEARCH, *LIMIT, "--trials", "3", "--eval-tokens", "600", "-o", out)
     assert done.returncode == 0, done.stderr
     return out, done
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error, after checking that it is one line and no traceback."""
-    assert done.returncode == code, done.stderr + done.stdout
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
 
 
 def test_a_mix_keeps_the_limit_and_says_how_it_was_found(
@@ -169,67 +148,6 @@ def test_files_are_never_overwritten_unasked(
     open_bundle(bundle, verify=True)
 
 
-def test_the_front_in_the_terminal_and_in_files(
-    model: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "90")
-    svg, png = tmp_path / "front.svg", tmp_path / "front.PNG"
-    first = cli("plan", model, *SEARCH, *LIMIT, "--front", svg)
-    assert first.returncode == 0, first.stderr
-    picture = first.stdout[first.stdout.index("predicted mean KL divergence in nats") :]
-    assert max(map(len, picture[: picture.index("Predicted, not measured")].splitlines())) <= 90
-    assert "\x1b" not in picture
-    assert "◆" in picture
-    assert "A preset's point is the preset's types, rounded by edgeq" in picture
-    assert picture.endswith(f"wrote {svg}\n")
-    texts = {"".join(e.itertext()).strip() for e in ET.parse(svg).iter() if e.tag.endswith("text")}
-    assert {"chosen", "best mix of its size", "file size (KiB)"} <= texts
-    assert any("q8_0" in text for text in texts)
-    drawn = svg.read_bytes()
-    assert cli("plan", model, *SEARCH, *LIMIT, "--front", svg, "--force").returncode == 0
-    assert svg.read_bytes() == drawn
-    assert cli("plan", model, *SEARCH, *LIMIT, "--front", png, "--json").returncode == 0
-    assert png.read_bytes().startswith(b"\x89PNG\r\n")
-
-
-def test_two_outputs_are_two_files(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").symlink_to(tmp_path)
-    for other in ("same.svg", tmp_path / "same.svg", "there/same.svg"):
-        done = cli("plan", "no-such-model", "--target", "laptop-cpu", "--front", "same.svg", "--export", other)
-        assert "--front and --export both name" in one_line(done, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-
-
-def test_a_picture_changes_no_plan(model: Path, cli: Cli, tmp_path: Path) -> None:
-    """Where f16 or q8_0 fits, convert takes it, and the front shows that plan among the mixes."""
-
-    def planned(*options: object) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(cli("plan", model, *options, "--json").stdout)
-        return found
-
-    target = ("--target", "laptop-cpu", "--threads", "1")
-    needed = [planned(*target, "--quant", kind)["predicted"]["peak_memory_bytes"] for kind in ("q8_0", "f16")]
-    between = ("--max-memory", f"{sum(needed) // 2}B")
-    for limit, preset in (((), "f16"), (between, "q8_0")):
-        plain = planned(*SEARCH, *limit)
-        done = cli("plan", model, *SEARCH, *limit, "--json", "--front", tmp_path / f"{preset}.svg")
-        assert done.returncode == 0, done.stderr
-        drawn = json.loads(done.stdout)
-        front = drawn.pop("front")
-        assert plain["preset"] == preset
-        assert drawn == plain
-        assert front["chosen"]["labels"] == [preset]
-        assert front["chosen"]["predicted"]["file_bytes"] == plain["predicted"]["file_bytes"]
-        assert (front["chosen"]["predicted_kld"] == 0) is (preset == "f16")
-        assert len(front["mixes"]) > 5
-        assert "chosen" in (tmp_path / f"{preset}.svg").read_text()
-    shown = cli("plan", model, *SEARCH, "--front").stdout
-    assert "types    f16" in shown
-    assert "◆ chosen (KL 0)" in shown
-    assert re.search(r"^chosen \(f16\) ", shown, re.MULTILINE)
-
-
 def test_options_that_come_to_nothing_are_named(model: Path, cli: Cli, tmp_path: Path) -> None:
     options = ("--target", "laptop-cpu", "--trials", "9", "--estimator", "fisher", "--seed", "5")
     note = "--estimator, --seed, --trials had no effect: f16 or q8_0 fits, so no mix is searched for"
@@ -247,70 +165,12 @@ def test_options_that_come_to_nothing_are_named(model: Path, cli: Cli, tmp_path:
     assert open_bundle(tmp_path / "out").llm.quality is None
 
 
-def _no_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        pytest.fail("the search began")
-
-    monkeypatch.setattr("edgeq.planner.convert.pose", stop)
-
-
-def _words(seed: int, n: int) -> str:
-    rng = random.Random(seed)
-    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(n))
-
-
-def test_texts_are_checked_before_the_search(
-    model: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from edgeq.converters.calibration import texts
-
-    _no_search(monkeypatch)
-    own, short, late = (tmp_path / f"{name}.txt" for name in ("own", "short", "late"))
-    own.write_text(_words(1, 5000))
-    short.write_text("too short")
-    late.write_bytes(own.read_bytes() + b"\xff\xfe")
-    (tmp_path / "copy.txt").write_text(own.read_text())
-    topics = tmp_path / "topics.txt"
-    topics.write_text("\n\n".join(texts._split(texts._documents(), "select").values()))
-    search = ("convert", model, "--target", "laptop-cpu", *LIMIT, "-o", tmp_path / "out", "--eval-tokens", "2000")
-    calibrated = ("--calibration-tokens", "2048", "--calibration")
-    for arguments, words in (
-        (["--eval-text", short], ["short.txt gives", "512 are needed"]),
-        (["--eval-text", late], ["late.txt is not UTF-8"]),
-        (
-            ["--eval-text", topics],
-            ["topics.txt, the text to judge by", "mixes are compared on", "Give another text with --eval-text."],
-        ),
-        ([*calibrated, short], ["short.txt gives", "2048 are needed"]),
-        ([*calibrated, own, "--eval-text", tmp_path / "copy.txt"], ["copy.txt is both the calibration text and"]),
-        ([*calibrated, topics], ["mixes are compared on", "Give another text with --calibration."]),
-    ):
-        line = one_line(cli(*search, *arguments), 2)
-        assert all(word in line for word in words), line
-    assert not (tmp_path / "out").exists()
-
-
-def test_warnings_about_the_text_to_judge_by_are_notes(model: Path, cli: Cli, tmp_path: Path) -> None:
-    text = tmp_path / "foreign.txt"
-    text.write_text("今日は天気がいいですね。你好世界。" * 200)
-    expected = "the tokenizer hardly knows the language of foreign.txt: 1.00 bytes a token"
-    shown = cli("plan", model, "--target", "laptop-cpu", "--quant", "q8_0", "--eval-text", text)
-    assert f"note     {expected}" in shown.stdout, shown.stderr
-    done = cli("plan", model, *SEARCH, *LIMIT, "--eval-text", text, "--json")
-    assert any(note.startswith(expected) for note in json.loads(done.stdout)["notes"]), done.stderr
-
-
 def test_messages_name_the_model_as_the_user_does(model: Path, cli: Cli, tiny_hf: TinyHf, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "my-robot"
     shutil.copytree(model, copy)
     for folder in (model, copy):  # the second one's text was kept under the name of the first
         plan = json.loads(cli("plan", folder, *SEARCH, *LIMIT, "--json").stdout)
         assert plan["search"]["calibration"]["name"] == f"written by {folder.name}"
-    from edgeq.converters.gguf.imatrix import write_imatrix
-    from edgeq.converters.gguf.observe import collect_imatrix
-
     ids = np.arange(3, 131, dtype=np.int32)
     matrix = tmp_path / "other.gguf"
     other = tiny_hf("qwen2").with_suffix(".gguf")
@@ -326,29 +186,8 @@ def test_limits_are_shown_with_their_digits(model: Path, cli: Cli) -> None:
     assert "<= 0.0001 ms" in line
 
 
-def test_the_front_as_json(model: Path, cli: Cli) -> None:
-    done = cli("plan", model, *SEARCH, *LIMIT, "--json", "--front")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    front = found.pop("front")
-    assert found == json.loads(cli("plan", model, *SEARCH, *LIMIT, "--json").stdout)
-    assert front["chosen"]["predicted_kld"] == pytest.approx(found["search"]["predicted_kld"])
-    assert front["chosen"]["predicted"] == found["predicted"]
-    sizes = [point["predicted"]["file_bytes"] for point in front["mixes"]]
-    assert sizes == sorted(sizes)
-    assert len(sizes) > 10
-    presets = {label for point in front["presets"] for label in point["labels"]}
-    assert {"q8_0", "q4_0"} <= presets
-    assert not presets & {"f16", "f32", "bf16", *front["left_out"]}
-
-
 def test_a_preset_that_needs_an_importance_matrix(tiny_hf: TinyHf, cli: Cli, tmp_path: Path) -> None:
-    from edgeq.converters.gguf.imatrix import write_imatrix
-    from edgeq.converters.gguf.observe import collect_imatrix
-
     model = tiny_hf("llama-untied", width=256)
-    import numpy as np
-
     ids = np.random.default_rng(0).integers(3, 300, 128).astype(np.int32)
     matrix = tmp_path / "own.gguf"
     write_imatrix(collect_imatrix(model.with_suffix(".gguf"), [ids], threads=1), matrix)
@@ -394,80 +233,6 @@ def test_limits_that_no_mix_meets_name_what_would(model: Path, cli: Cli) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--max-size", "100"], ["no unit"]),
-        (["--max-kld", "0"], ["above 0 to 10 nats", "0.05"]),
-        (["--max-kld", "11"], ["above 0 to 10 nats"]),
-        (["--max-kld", "nan"], ["above 0 to 10 nats"]),
-        (["--max-kld", "much"], ["above 0 to 10 nats"]),
-        (["--min-top1", "90"], ["0.9 or 90%"]),
-        (["--min-top1", "0%"], ["0.9 or 90%"]),
-        (["--min-top1", "101%"], ["0.9 or 90%"]),
-        (["--minimize", "bytes"], ["--max-kld"]),
-        (["--minimize", "size"], ["invalid choice", "quality", "latency"]),
-        (["--search", "sometimes"], ["invalid choice"]),
-        (["--search", "always", "--quant", "q8_0"], ["--quant"]),
-        (["--search", "never", "--estimator", "fisher"], ["--estimator", "--search never"]),
-        (["--quant", "q8_0", "--trials", "3"], ["--trials", "--quant"]),
-        (["--quant", "q8_0", "--minimize", "quality"], ["--minimize", "--quant"]),
-        (["--trials", "0"], ["above zero"]),
-        (["--seed", "-1"], ["from 0 to"]),
-        (["--seed", "99999999999999999999"], ["from 0 to"]),
-        (["--calibration", "missing.txt"], ["missing.txt", "No such file"]),
-        (["--calibration-tokens", "10"], ["one chunk of 256"]),
-        (["--imatrix", "missing.gguf"], ["missing.gguf"]),
-        (["--eval-text", "missing.txt"], ["missing.txt"]),
-        (["--eval-tokens", "0", "--max-kld", "0.1"], ["--eval-tokens 0"]),
-        (["--eval-tokens", "-1"], ["from 0 to"]),
-        (["--eval-tokens", "0", "--eval-text", __file__], ["--eval-tokens 0 reads nothing of --eval-text"]),
-        (["--eval-tokens", "10"], ["--eval-tokens 10 is less than 16", "Use 1024 or more"]),
-        (["--eval-text", "/dev/zero"], ["--eval-text", "is no regular file"]),
-        (["--calibration", "/dev/zero"], ["--calibration", "is no regular file"]),
-        (["--eval-text", sys.executable], ["is no text"]),
-        (["--calibration", sys.executable], ["is no text"]),
-        (["--calibration", __file__, "--eval-text", __file__], ["the same text", "test_search_cli.py"]),
-    ],
-)
-@pytest.mark.parametrize("command", ["plan", "convert"])
-def test_wrong_values_are_one_line_before_any_work(
-    command: str, arguments: list[str], words: list[str], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    line = one_line(cli(command, "no-such-model", "--target", "laptop-cpu", *arguments), 2)
-    assert line.startswith("edgeq")
-    assert all(word in line for word in words), line
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["--front", "front.pdf"], "before --front"),
-        (["--front", "x", "--target"], "before --front"),
-        (["--front", "--quant", "q8_0"], "--quant"),
-        (["--front", "--search", "never"], "--search never"),
-        (["--front", "--recipe", "recipe.yaml"], "--recipe"),
-        (["--format", "llama.cpp"], "--export"),
-        (["--export", "x", "--format", "ollama"], "invalid choice"),
-    ],
-)
-def test_wrong_pictures_and_exports(
-    arguments: list[str], word: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("overrides: [{match: attn_k, type: q8_0}]")
-    assert word in one_line(cli("plan", "no-such-model", "--target", "laptop-cpu", *arguments), 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_a_recipe_with_a_base_leaves_nothing_to_search(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("base: q8_0")
-    options = ("--target", "laptop-cpu", "--recipe", tmp_path / "recipe.yaml", "--search", "always")
-    assert "the base q8_0" in one_line(cli("plan", "no-such-model", *options), 2)
-
-
-@pytest.mark.parametrize(
     ("override", "word"),
     [("attn_k=q4_k", "rows of 64"), ("norm=q8_0", "always stays f32"), ("nothing=q8_0", "changes nothing")],
 )
@@ -480,18 +245,3 @@ def test_a_search_keeps_what_the_user_fixed(model: Path, cli: Cli) -> None:
     types = json.loads(done.stdout)["tensor_types"]
     assert {kind for name, kind in types.items() if "attn_k" in name or "attn_v" in name} == {"q8_0"}
     assert "q8_0" not in {kind for name, kind in types.items() if "ffn" in name}
-
-
-def test_the_help_names_the_defaults(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeq.planner.problem import SearchOptions
-
-    monkeypatch.setenv("COLUMNS", "200")
-    defaults = SearchOptions()
-    for command in ("plan", "convert"):
-        shown = cli(command, "--help").stdout
-        for option, default in (
-            ("--trials N", defaults.trials),
-            ("--calibration-tokens N", defaults.evidence.tokens),
-            ("--seed N", defaults.evidence.seed),
-        ):
-            assert re.search(rf"{option}\s+[^\n]*\({default}\)", shown), option

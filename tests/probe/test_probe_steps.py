@@ -110,7 +110,7 @@ def test_a_doubt_names_what_changed() -> None:
 
 def test_parts_count_with_the_mean_of_their_turns() -> None:
     entry = CostEntry(type="q8_0", columns=512, rows=256, ns=100.0, spread=0.1, n=5, buffer="CPU")
-    mean = language._mean_entry([entry, msgspec.structs.replace(entry, ns=300.0, spread=0.3, n=7)])
+    mean = language._mean_times([entry, msgspec.structs.replace(entry, ns=300.0, spread=0.3, n=7)])
     assert (mean.ns, mean.n) == (200.0, 12)
     assert mean.spread == pytest.approx(0.2)
     point = MatmulPoint(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from edgeq.converters.json_files import read_json, read_json_object
 from edgeq.converters.onnx.export.tasks import TASKS
 from edgeq.errors import SourceError
 from edgeq.tensor_types import Embedding
 
-__all__ = ["bundle_files", "class_count", "class_labels", "read_config", "read_embedding", "read_json"]
+__all__ = ["bundle_files", "class_count", "class_labels", "read_config", "read_embedding"]
 
-_MAX_JSON_BYTES = 16 << 20
 _SENTENCE_CONFIGS = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
@@ -38,25 +37,6 @@ _POOLING_NAMES: Mapping[str, Literal["mean", "cls", "max", "last"]] = {
 _MOST_TOKENS = 1 << 20  # tokenizers without a limit say 10**30
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        SourceError: it cannot be read, is too large, or is no object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise SourceError(f"{path} is too large for a configuration", "Download the model again")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check the path and its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no valid JSON ({error})", "Download the model again") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path} holds no JSON object", "Download the model again")
-    return content
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model.
 
@@ -68,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json, so it is no Hugging Face model",
             "Give the folder that save_pretrained wrote, with config.json and safetensors",
         )
-    return read_json(folder / "config.json")
+    return read_json_object(folder / "config.json")
 
 
 def bundle_files(folder: Path, task: str) -> dict[str, Path]:
@@ -145,7 +125,7 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> tuple[Embedding |
     kinds = [kind for kind, _ in modules]
     if "Normalize" in kinds[: kinds.index("Pooling")]:
         return None, ("modules.json normalizes before it pools, which embed() does not compute",)
-    settings = read_json(folder / pooling_folder / "config.json")
+    settings = read_json_object(folder / pooling_folder / "config.json")
     pooling = _pooling(settings)
     if pooling is None:
         return None, ("The pooling of modules.json is none of mean, cls, max and last, so embed() is not offered",)
@@ -165,17 +145,9 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> tuple[Embedding |
 def _read_modules(folder: Path) -> list[tuple[str, str]]:
     """Kind and folder of each module, in order."""
     path = folder / "modules.json"
-    remedy = "Download the model again"
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise SourceError(f"{path} is too large for a configuration", remedy)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check the path and its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no valid JSON ({error})", remedy) from error
+    content = read_json(path)
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise SourceError(f"{path} holds no list of modules", remedy)
+        raise SourceError(f"{path} holds no list of modules", "Download the model again")
     modules = []
     for entry in content:
         place = str(entry.get("path", ""))
@@ -208,7 +180,7 @@ def _default_prompt(folder: Path) -> str | None:
     path = folder / "config_sentence_transformers.json"
     if not path.is_file():
         return None
-    settings = read_json(path)
+    settings = read_json_object(path)
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts")
     if not isinstance(name, str) or not isinstance(prompts, Mapping):
         return None
@@ -219,7 +191,7 @@ def _default_prompt(folder: Path) -> str | None:
 def _sentence_config(folder: Path) -> dict[str, Any]:
     """The first file that there is, as sentence-transformers takes it; empty if there is none."""
     name = next((name for name in _SENTENCE_CONFIGS if (folder / name).is_file()), None)
-    return {} if name is None else read_json(folder / name)
+    return {} if name is None else read_json_object(folder / name)
 
 
 def _max_tokens(folder: Path, config: Mapping[str, Any]) -> int:
@@ -229,7 +201,7 @@ def _max_tokens(folder: Path, config: Mapping[str, Any]) -> int:
         return limit
     limits = []
     if (folder / "tokenizer_config.json").is_file():
-        limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+        limits.append(read_json_object(folder / "tokenizer_config.json").get("model_max_length"))
     limits.append(config.get("max_position_embeddings"))
     found = [int(limit) for limit in limits if isinstance(limit, int) and 0 < limit <= _MOST_TOKENS]
     return min(found, default=512)

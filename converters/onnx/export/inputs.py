@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.converters.onnx.export.embedding import read_json
+from edgeq.converters.json_files import read_json_object
 from edgeq.converters.onnx.export.tasks import Task, TaskInput
 from edgeq.errors import UnsupportedModelError, UsageError
 from edgeq.registry import nearest
@@ -183,7 +183,7 @@ def _known_sizes(
 
 def _sampling_rate(folder: Path) -> int:
     path = folder / "preprocessor_config.json"
-    rate = read_json(path).get("sampling_rate") if path.is_file() else None
+    rate = read_json_object(path).get("sampling_rate") if path.is_file() else None
     return rate if isinstance(rate, int) and 1000 <= rate <= 192_000 else 16_000
 
 
@@ -213,7 +213,7 @@ def image_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, bool]
         Height, width, and whether images of another ratio of their sides become another size.
     """
     path = folder / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json_object(path) if path.is_file() else {}
     crop = _pair(settings.get("crop_size")) if settings.get("do_center_crop") else None
     if crop:
         return (*crop, False)

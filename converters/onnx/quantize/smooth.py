@@ -143,11 +143,10 @@ def smooth(
             f"{len(missing)} values have no sample, such as {missing[0]!r}", "Sample all of channel_tensors()"
         )
     done = []
-    for site in sites:
-        sample = samples[site.value.name or ""]
-        site = _current(site)  # noqa: PLW2901 - an earlier site may have changed weights of this one
+    for found in sites:
+        site = _current(found)  # an earlier site may have changed weights of this one
         weights = [_by_input(product) for product in site.products]
-        chosen, result = _choose(site, sample, weights, alpha, shift and site.kind != "scale")
+        chosen, result = _choose(site, samples[site.value.name or ""], weights, alpha, shift and site.kind != "scale")
         if chosen is not None:
             _apply(editor, site, weights, chosen)
         done.append(result)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from edgeq.converters.gguf.presets import LADDER, PRESETS, find_preset, preset_o
 from edgeq.converters.gguf.quantize import assert_types, preview, quantizable_tensors, quantize
 from edgeq.errors import ConversionError, DiskFullError, UsageError
 from edgeq.ggml_types import TYPES, tensor_bytes
+from edgeq.llama_library import library
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +50,30 @@ def test_unknown_presets_name_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_a_preview_of_the_skeleton_is_what_gets_written(
-    name: str, skeleton: Path, source: Path, tmp_path: Path
+def test_a_preview_of_the_skeleton_is_that_of_the_model(name: str, skeleton: Path, source: Path) -> None:
+    assert preview(source, PRESETS[name]) == preview(skeleton, PRESETS[name])
+
+
+@pytest.mark.parametrize("width", [256, 576])  # whole rows of K-quants, and SmolLM2's, in which they fall back
+@pytest.mark.parametrize("name", LADDER)
+def test_a_preview_is_what_llama_cpp_writes(
+    name: str, width: int, tiny_hf: Callable[..., Path], tmp_path: Path
 ) -> None:
-    expected = preview(skeleton, PRESETS[name])
-    if name != "q4_k_m":  # one is enough to write; all are previewed on both files
-        assert preview(source, PRESETS[name]) == expected
-        return
-    out = tmp_path / "out.gguf"
-    quantize(source, out, expected.types)
-    # The oracle is llama.cpp's own mixture: no overrides, only the file type.
-    import ctypes
+    _check_written(tiny_hf("llama-untied", width=width).with_suffix(".gguf"), name, tmp_path)
 
-    from edgeq.llama_library import library
 
+@pytest.mark.slow
+def test_a_preview_of_the_real_model_is_what_llama_cpp_writes(source: Path, tmp_path: Path) -> None:
+    _check_written(source, "q4_k_m", tmp_path)
+
+
+def _check_written(source: Path, name: str, folder: Path) -> None:
+    """The oracle is llama.cpp's own mixture: no overrides, only the file type."""
+    out, plain = folder / "out.gguf", folder / "plain.gguf"
+    quantize(source, out, preview(source, PRESETS[name]).types, threads=1)
     lib = library()
     params = lib.llama_model_quantize_default_params()
-    params.ftype = PRESETS[name].ftype
-    plain = tmp_path / "plain.gguf"
+    params.ftype, params.nthread = PRESETS[name].ftype, 1
     assert lib.llama_model_quantize(str(source).encode(), str(plain).encode(), ctypes.byref(params)) == 0
     mine, theirs = gguf.GGUFReader(out), gguf.GGUFReader(plain)
     for a, b in zip(mine.tensors, theirs.tensors, strict=True):
@@ -88,26 +96,27 @@ def test_norms_are_not_for_choosing(skeleton: Path) -> None:
     assert len(free) == 211
 
 
-def test_any_mix_is_written_as_asked_floats_too(source: Path, tmp_path: Path) -> None:
+def test_any_mix_is_written_as_asked_floats_too(tiny_hf: Callable[..., Path], tmp_path: Path) -> None:
+    source = export_gguf(tiny_hf("llama-untied"), tmp_path / "bf16.gguf", float_type="bf16").path
     kinds = ["q8_0", "f16", "q4_0", "bf16", "iq4_nl", "q5_1", "f32"]
     types = {name: tensor.type for name, tensor in read_header(source).tensors.items()}
     for index, name in enumerate(sorted(quantizable_tensors(source))):
         types[name] = kinds[index % len(kinds)]
-    seen: list[tuple[int, int, str]] = []
     out = tmp_path / "mixed.gguf"
-    quantize(source, out, types, threads=2, progress=lambda *args: seen.append(args))
+    quantize(source, out, types, threads=2)
     header = read_header(out)
     assert {name: tensor.type for name, tensor in header.tensors.items()} == types
     padded = sum(-(-tensor_bytes(types[n], t.shape) // 32) * 32 for n, t in header.tensors.items())
     assert header.file_bytes == header.data_offset + padded
-    assert seen
-    assert all(0 < done <= total == 272 for done, total, _ in seen)
 
 
 def test_a_uniform_float_file_that_is_not_the_sources_type(source: Path, tmp_path: Path) -> None:
     types = {n: ("f16" if t.type == "bf16" else t.type) for n, t in read_header(source).tensors.items()}
-    quantize(source, tmp_path / "f16.gguf", types)
+    seen: list[tuple[int, int, str]] = []
+    quantize(source, tmp_path / "f16.gguf", types, threads=2, progress=lambda *args: seen.append(args))
     assert read_header(tmp_path / "f16.gguf").metadata["general.file_type"] == 1
+    assert seen
+    assert all(0 < done <= total == 272 for done, total, _ in seen)
 
 
 def test_a_file_that_differs_from_the_plan_names_the_tensor(source: Path) -> None:
