@@ -27,11 +27,14 @@ from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.errors import EdgeqError
 from edgeq.planner.tensors.accuracy import worst_cosine
-from edgeq.planner.tensors.candidates import Candidate, Method, Workbench
-from edgeq.planner.tensors.job import Calibration
+from edgeq.planner.tensors.candidates import Candidate, Workbench
+from edgeq.planner.tensors.job import Calibration, Gate
+from edgeq.planner.tensors.node_times import measured as node_clock
 from edgeq.planner.tensors.samples import gather_samples
+from edgeq.planner.tensors.search import eight_bit_candidates
 from edgeq.planner.tensors.timing import time_in_turns
 from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, Dialect
+from edgeq.tensor_types import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.random_models import save_random
@@ -97,10 +100,11 @@ class Line:
 
 
 def candidates(bench: Workbench) -> list[Candidate]:
-    """All that ``edgeq convert`` would try on a CPU."""
-    methods: tuple[Method, ...] = ("minmax", "percentile", "mse")
-    found = [bench.static(ranges, {}, f"int8-static-{method}") for method, ranges in bench.ranges(methods).items()]
-    return [*found, bench.dynamic({})]
+    """All that ``edgeq convert`` would time on a CPU, however near they are: most weights here are random."""
+    clock = node_clock(bench.samples.judged, threads=bench.threads, disabled_optimizers=DISABLED_OPTIMIZERS)
+    schemes: tuple[Scheme, ...] = ("int8-static", "int8-dynamic")
+    found = [eight_bit_candidates(bench, s, {}, gate=Gate(min_cosine=-1.0), method=None, clock=clock) for s in schemes]
+    return [way for ways in found for way in ways]
 
 
 def measured(name: str, work: Path, threads: int) -> tuple[list[Line], Exported, Workbench]:

@@ -44,7 +44,7 @@ _ON_BYTES = {
 }
 # Kernels that move bytes as they are.
 _MOVES = frozenset(
-    {"Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Resize", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+    {"Expand", "Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Resize", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 )
 
 

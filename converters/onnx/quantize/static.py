@@ -20,7 +20,7 @@ from edgeq.converters.onnx.quantize.affine import (
     quantize_weight,
 )
 from edgeq.converters.onnx.quantize.bias_correction import shift_of
-from edgeq.converters.onnx.quantize.cpu_kernels import Quantized, fuse_bias, widen_input
+from edgeq.converters.onnx.quantize.cpu_kernels import Quantized, fuse_bias, repeat_factors, widen_input
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, require_opset, save_model
 from edgeq.converters.onnx.quantize.narrow import quantize_narrow
 from edgeq.converters.onnx.quantize.placement import Placement, Point, place_for_cpu, place_for_tensorrt
@@ -133,6 +133,7 @@ def quantize_static(
                 fuse_bias(editor, product, source)
             elif product.node.op_type == "Conv":
                 widen_input(editor, product, source)
+        repeat_factors(editor)
     save_model(editor, out)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 from edgeq.planner.knapsack import Item, Limits, Option
 from edgeq.planner.solver import solve
 
-__all__ = ["NodeCost", "choose_float_nodes", "cosine_of_error", "error_of_cosine"]
+__all__ = ["NodeCost", "choose_float_front", "choose_float_nodes", "cosine_of_error", "error_of_cosine"]
 
 
 _LOST = 1e6  # an error that leaves nothing of the outputs, if they are numbers at all
@@ -64,6 +65,20 @@ def choose_float_nodes(
         return set()
     chosen = solve(items, Limits(kld=max_error), "ns")
     return {name for name, kind in chosen.types.items() if kind == "fp32"}
+
+
+def choose_float_front(costs: Sequence[NodeCost]) -> set[str]:
+    """The nodes before the one at which a model had best begin with 8 bits.
+
+    In a convolutional network each change between floats and 8 bits lays out a whole image anew, which times of single
+    nodes do not hold: one change costs less than many.
+
+    Args:
+        costs: of every node, in the graph's order.
+    """
+    gains = [*itertools.accumulate((cost.int8_us - cost.float_us for cost in costs), initial=0.0)]
+    count = gains.index(max(gains))
+    return {cost.name for cost in costs[:count]}
 
 
 def _item(cost: NodeCost, fixed: str | None) -> Item:

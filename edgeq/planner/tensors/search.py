@@ -18,7 +18,13 @@ from edgeq.planner.knapsack import Infeasible
 from edgeq.planner.tensors.accuracy import missed, worst_cosine
 from edgeq.planner.tensors.candidates import METHODS, Candidate, Method, Workbench
 from edgeq.planner.tensors.job import Gate
-from edgeq.planner.tensors.mixed import NodeCost, choose_float_nodes, cosine_of_error, error_of_cosine
+from edgeq.planner.tensors.mixed import (
+    NodeCost,
+    choose_float_front,
+    choose_float_nodes,
+    cosine_of_error,
+    error_of_cosine,
+)
 from edgeq.planner.tensors.node_times import Attribution, Clock, attribute, node_costs
 from edgeq.tensor_types import Scheme
 
@@ -98,8 +104,7 @@ def eight_bit_candidates(
         return [_mixed(nearest, gate, keep_float, clock) or nearest.candidate]
     found = [way.candidate for way in passing]
     if for_speed and clock is not None and clock.is_measured:
-        faster = _faster(passing[0], keep_float, clock)
-        found += [] if faster is None or _misses(faster, gate) else [faster]
+        found += [mix for mix in _faster(passing[0], keep_float, clock) if not _misses(mix, gate)]
     return found
 
 
@@ -190,21 +195,30 @@ def _stricter(seen: float, allowed: float) -> float:
     return min(max(_CAUTION * allowed / seen, least), most)
 
 
-def _faster(way: _Way, keep_float: Mapping[str, str], clock: Clock) -> Candidate | None:
-    """Without the nodes that are no faster in 8 bits; None if that is not worth a try."""
+def _faster(way: _Way, keep_float: Mapping[str, str], clock: Clock) -> list[Candidate]:
+    """Without the nodes that are no faster in 8 bits: all of them, and the first ones alone; what is worth a try."""
     sites = way.sites(keep_float)
     costs, known = _costs(way, sites, {}, clock)
-    floats = choose_float_nodes(costs, max_error=None)
-    gain = math.fsum(cost.int8_us - cost.float_us for cost in costs if cost.name in floats)
+    if known is None:
+        return []
     whole = math.fsum(kernel.us for kernel in clock.kernels(way.candidate.path))
-    if known is None or gain < _LEAST_GAIN * whole or len(floats) == len(sites):
-        return None
     by_name = {cost.name: cost for cost in costs}
-    reasons = {
-        name: f"{by_name[name].float_us:.0f} us, {by_name[name].int8_us:.0f} us in 8 bits" for name in sorted(floats)
-    }
-    mix = dataclasses.replace(way.make({**keep_float, **reasons}, "-fast"), variant_of=way.candidate.label)
-    return _told(mix, costs, floats, known, f"{len(floats)} of {len(sites)} nodes stay in floats, which are faster")
+    choices = {"-fast": choose_float_nodes(costs, max_error=None), "-front": choose_float_front(costs)}
+    found: list[Candidate] = []
+    tried: list[set[str]] = []
+    for end, floats in choices.items():
+        gain = math.fsum(by_name[name].int8_us - by_name[name].float_us for name in floats)
+        if gain < _LEAST_GAIN * whole or len(floats) == len(sites) or floats in tried:
+            continue
+        tried.append(floats)
+        reasons = {
+            name: f"{by_name[name].float_us:.0f} us, {by_name[name].int8_us:.0f} us in 8 bits"
+            for name in sorted(floats)
+        }
+        mix = dataclasses.replace(way.make({**keep_float, **reasons}, end), variant_of=way.candidate.label)
+        note = f"{len(floats)} of {len(sites)} nodes stay in floats, which are faster"
+        found.append(_told(mix, costs, floats, known, note))
+    return found
 
 
 def _told(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeq.planner.tensors.mixed import NodeCost, choose_float_nodes, error_of_cosine
+from edgeq.planner.tensors.mixed import NodeCost, choose_float_front, choose_float_nodes, error_of_cosine
 
 COSTS = st.lists(
     st.tuples(st.floats(1e-6, 1e-2), st.floats(1.0, 100.0), st.floats(1.0, 100.0)), min_size=1, max_size=6
@@ -46,3 +46,20 @@ def test_what_the_user_fixed_stays() -> None:
 def test_an_independent_error_of_that_size_leaves_that_cosine(cosine: float) -> None:
     error = error_of_cosine(cosine)
     assert 1 / (1 + error) ** 0.5 == pytest.approx(cosine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(COSTS)
+def test_no_other_place_to_begin_with_8_bits_is_faster(costs: list[NodeCost]) -> None:
+    chosen = choose_float_front(costs)
+    fronts = [{cost.name for cost in costs[:count]} for count in range(len(costs) + 1)]
+    assert chosen in fronts
+    assert _time(costs, chosen) <= min(_time(costs, front) for front in fronts) + 1e-6
+
+
+def test_a_front_takes_slower_nodes_along_where_that_pays() -> None:
+    times = [(5.0, 9.0), (8.0, 7.0), (5.0, 9.0), (9.0, 5.0), (1.0, 2.0)]
+    costs = [NodeCost(f"n{i}", 1e-3, floats, integers, 400, 100) for i, (floats, integers) in enumerate(times)]
+    assert choose_float_front(costs) == {"n0", "n1", "n2"}
+    assert choose_float_front(costs[3:4]) == set()
+    assert choose_float_front([]) == set()
