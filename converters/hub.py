@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import errno
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from edgeq.errors import DiskFullError, EdgeqError, SourceError, UnsupportedModelError, require_package
 
-__all__ = ["Download", "Progress", "download"]
+__all__ = ["Download", "Progress", "download", "looked_up_once"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,6 +55,19 @@ class _Request:
         return self.repo_id if self.revision is None else f"{self.repo_id} at revision {self.revision}"
 
 
+_FOUND: contextvars.ContextVar[dict[_Request, Download] | None] = contextvars.ContextVar("found", default=None)
+
+
+@contextlib.contextmanager
+def looked_up_once() -> Iterator[None]:
+    """Within it `download` asks the hub once for each model, as a command does that is about one state of it."""
+    before = _FOUND.set({})
+    try:
+        yield
+    finally:
+        _FOUND.reset(before)
+
+
 def download(
     repo_id: str,
     *,
@@ -63,7 +78,8 @@ def download(
 ) -> Download:
     """Bring a model's safetensors, configuration and tokenizer into the local cache.
 
-    When the hub cannot be reached, a complete snapshot in the cache is used and a warning is logged.
+    When the hub cannot be reached, a complete snapshot in the cache is used and a warning is logged. It is asked each
+    time, but for `looked_up_once`.
 
     Args:
         repo_id: ``owner/name``.
@@ -80,6 +96,15 @@ def download(
     """
     require_package("huggingface_hub", "convert", "to download models")
     request = _Request(repo_id, revision, token, cache)
+    known = _FOUND.get()
+    if known is None:
+        return _downloaded(request, progress)
+    if request not in known or not known[request].folder.is_dir():
+        known[request] = _downloaded(request, progress)
+    return known[request]
+
+
+def _downloaded(request: _Request, progress: Progress | None) -> Download:
     failures = _failures()
     try:
         _look_up(request)

@@ -28,6 +28,7 @@ from edgeq.verdicts import (
     metric,
     overall_result,
     predictions,
+    tensor_floors,
     tensor_predictions,
 )
 from edgeq.workload import Details, LanguageDetails, LanguageWorkload, TensorDetails, TensorWorkload, Workload
@@ -58,6 +59,7 @@ __all__ = [
     "predictions",
     "publish_report",
     "read_report",
+    "tensor_floors",
     "tensor_predictions",
     "write_report",
 ]

@@ -14,6 +14,7 @@ from edgeq.record import Count, Record, Sha256, Share, Threads, Tokens
 from edgeq.types import Budget, BundleFile, ModelSource, Rejection, Target, runs_on_gpu
 
 __all__ = [
+    "FLOAT_SCHEMES",
     "AxisRange",
     "Coverage",
     "Embedding",
@@ -29,8 +30,10 @@ __all__ = [
     "TensorVariant",
 ]
 
-Scheme = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8"]
+Scheme = Literal["fp32", "fp16", "bf16", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8"]
 """How the weights' operators compute: floats, INT8 by calibrated or by running scales, weights alone, FP8 E4M3."""
+FLOAT_SCHEMES: tuple[Scheme, ...] = ("fp32", "fp16", "bf16")
+"""Those that quantize nothing, so that coverage says nothing of them."""
 
 _Axis = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
@@ -111,7 +114,7 @@ class NodeGroup(Record, frozen=True, kw_only=True):
 
     Attributes:
         op_type: ``"QLinearConv"``.
-        precision: ``"int8"``, ``"fp8"``, ``"int4"``, ``"fp16"`` or ``"fp32"``.
+        precision: ``"int8"``, ``"fp8"``, ``"int4"``, ``"fp16"``, ``"bf16"`` or ``"fp32"``.
         nodes: how many.
         macs: multiply-adds of one call.
         weight_bytes: that they read.
@@ -217,6 +220,7 @@ class TensorPlan(Record, frozen=True, kw_only=True):
         float_nodes: nodes that could be quantized and were not, with the reason.
         axes: sizes of the dynamic axes by name.
         threads: of a call; None leaves it to the machine's physical cores.
+        opset: of the graph, if the scheme needs a newer one than the model's; None for the model's.
         disabled_optimizers: of ONNX Runtime, where its fusion is slower than what it fuses.
         predicted: what it will take on the target.
         speedup: over the float model, measured where the plan was made, and only there; None if it was not measured.
@@ -231,6 +235,7 @@ class TensorPlan(Record, frozen=True, kw_only=True):
     float_nodes: dict[str, str] = msgspec.field(default_factory=dict)
     axes: dict[str, AxisRange] = msgspec.field(default_factory=dict)
     threads: Threads | None = None
+    opset: int | None = None
     disabled_optimizers: tuple[str, ...] = ()
     predicted: TensorPrediction
     speedup: float | None = None
@@ -267,7 +272,7 @@ class TensorVariant(Record, frozen=True, kw_only=True):
 
 
 # Roles of files that belong to one device's graph, and not to the model as such.
-_OWN_ROLES = frozenset({"model", "data", "layers", "engine", "engine-info"})
+_OWN_ROLES = frozenset({"model", "data", "layers", "answers", "engine", "engine-info"})
 
 
 class TensorManifest(Record, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ passes, and neither does anything in a run whose conditions were wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -27,6 +27,7 @@ __all__ = [
     "metric",
     "overall_result",
     "predictions",
+    "tensor_floors",
     "tensor_predictions",
 ]
 
@@ -84,6 +85,8 @@ class Verdict(Record, frozen=True, kw_only=True):
         statistic: what of the samples is judged: ``"p99"``, ``"max"``.
         limit: None if the budget leaves the line free.
         predicted: by the plan; None if it predicts no such thing.
+        predicted_is_floor: whether that is the least which datasheet figures allow, and no prediction; always False in
+            reports that were written without it.
         measured: the statistic; None if nothing was measured.
         bound: the confidence bound that the limit is held against; None if the samples are too few for one.
         n_samples: how many there are.
@@ -99,6 +102,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     statistic: str
     limit: float | None
     predicted: float | None
+    predicted_is_floor: bool = False
     measured: float | None
     bound: float | None
     n_samples: int
@@ -143,12 +147,18 @@ def tensor_predictions(predicted: TensorPrediction, *, usual: bool) -> dict[str,
     return figures
 
 
+def tensor_floors(predicted: TensorPrediction) -> tuple[str, ...]:
+    """The `Budget` fields of which a plan predicts no more than the least."""
+    return ("latency_ms",) if predicted.latency_is_floor else ()
+
+
 def judge(
     budget: Budget,
     measurements: Mapping[str, Metric],
     confidence: float = DEFAULT_CONFIDENCE,
     *,
     predicted: Mapping[str, float] | None = None,
+    floors: Collection[str] = (),
     unmeasured: Mapping[str, str] | None = None,
     invalid: Sequence[str] = (),
 ) -> tuple[Verdict, ...]:
@@ -159,6 +169,7 @@ def judge(
         measurements: by `Budget` field; a constrained line that is missing here is INSUFFICIENT, never a pass.
         confidence: of the one-sided bounds, at least 0.5 and below 1.
         predicted: by `Budget` field, in the line's unit.
+        floors: fields whose ``predicted`` is the least that they can be, and no prediction.
         unmeasured: why a field is missing from ``measurements``.
         invalid: reasons why the run proves nothing. Then no line passes, and only memory over its limit fails.
 
@@ -173,6 +184,7 @@ def judge(
             measurements.get(line.field),
             confidence,
             predicted=predicted.get(line.field),
+            is_floor=line.field in floors,
             absent=unmeasured.get(line.field, "not measured"),
             invalid=invalid,
         )
@@ -203,6 +215,7 @@ def _judge_line(
     confidence: float,
     *,
     predicted: float | None,
+    is_floor: bool,
     absent: str,
     invalid: Sequence[str],
 ) -> Verdict:
@@ -217,6 +230,7 @@ def _judge_line(
         statistic="max" if line.percentile is None else f"p{line.percentile:g}",
         limit=limit,
         predicted=predicted,
+        predicted_is_floor=is_floor and predicted is not None,
         measured=_statistic(line, samples),
         bound=_shown_bound(line, samples, confidence) if finding is None else finding.bound,
         n_samples=len(samples),

@@ -123,6 +123,7 @@ def _report(opened: Bundle, subject: Subject[L, S], conditions: Conditions, tell
         metrics,
         confidence,
         predicted=findings.predicted,
+        floors=findings.floors,
         unmeasured=unmeasured,
         invalid=invalid,
     )

@@ -109,6 +109,7 @@ class Findings:
         predicted: by `Budget` field, as far as it is for this workload.
         details: what only this kind has to tell.
         notes: what a reader must know, one line each.
+        floors: `Budget` fields of which ``predicted`` is no more than the least.
     """
 
     metrics: dict[str, Metric]
@@ -117,6 +118,7 @@ class Findings:
     predicted: Mapping[str, float]
     details: Details
     notes: list[str]
+    floors: tuple[str, ...] = ()
 
 
 class Subject(abc.ABC, Generic[L, S]):

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeq.bundle import Bundle
 from edgeq.errors import SessionError
-from edgeq.report import Metric, TensorDetails, metric, tensor_predictions
+from edgeq.report import Metric, TensorDetails, metric, tensor_floors, tensor_predictions
 from edgeq.runtime.bench_inputs import BenchInputs, sizes_of
 from edgeq.runtime.bench_messages import Call, Called, Fed, Feed, LoadTensor, TensorLoaded
 from edgeq.runtime.bench_process import WorkerProcess
@@ -42,14 +42,14 @@ class TensorSubject(Subject[TensorLoaded, float]):
     """
 
     ready = TensorLoaded
-    per_repetition = {"latency_ms": 1}  # noqa: RUF012 - never changed
     fewest_repetitions = 100
     fewest_loads = _FEWEST_LOADS
 
     def __init__(self, bundle: Bundle, inputs: BenchInputs, folder: Path, threads: int | None) -> None:
         self._manifest, self._inputs = bundle.tensor, inputs
+        self.per_repetition = {"latency_ms": 1}
         backend = self._manifest.plan.backend
-        self.on_gpu = backend != "onnxruntime-cpu"
+        self.on_gpu = self._manifest.plan.on_gpu
         if self.on_gpu and find_gpu() is None:
             raise SessionError(
                 f"{bundle.path} was made for {backend} on {self._manifest.built_for}, and this machine has no NVIDIA "
@@ -86,6 +86,7 @@ class TensorSubject(Subject[TensorLoaded, float]):
             warmup=_call_metrics(run.warmup, confidence),
             unmeasured=unmeasured,
             predicted=tensor_predictions(plan.predicted, usual=self._has("usual")),
+            floors=tensor_floors(plan.predicted),
             details=TensorDetails(
                 backend=plan.backend,
                 scheme=plan.scheme,

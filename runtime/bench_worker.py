@@ -108,7 +108,8 @@ class _TensorModel:
 
     def __init__(self, command: LoadTensor) -> None:
         before = _resident_bytes()
-        from edgeq.runtime.session import TensorSession, load
+        from edgeq.runtime.session import load
+        from edgeq.runtime.tensor.session import TensorSession
 
         # As a robot loads it: a text encoder brings its tokenizer, which takes time and memory too.
         session = load(Path(command.bundle), threads=command.threads, device=command.device)

@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING, Literal, get_args, overload
 from edgeq.bundle import Bundle, open_bundle
 from edgeq.errors import BundleError, UsageError
 from edgeq.llama_library import check_threads
-from edgeq.runtime.engine import EngineSettings
-from edgeq.runtime.llm import LLMSession
-from edgeq.runtime.tensor.devices import fitting_device, named_device
-from edgeq.runtime.tensor.embedding import EmbeddingSession
-from edgeq.runtime.tensor.engine import Engine, OnnxEngine, TensorrtEngine
-from edgeq.runtime.tensor.session import TensorSession
-from edgeq.runtime.tensor.settings import TENSORRT_BACKENDS, TensorSettings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a bundle needs what serves its own kind, and nothing of the other one
     from edgeq.profiles.onnx.session import Provider
+    from edgeq.runtime.llm import LLMSession
+    from edgeq.runtime.tensor.embedding import EmbeddingSession
+    from edgeq.runtime.tensor.engine import Engine, TensorrtEngine
+    from edgeq.runtime.tensor.session import TensorSession
 
-__all__ = ["EmbeddingSession", "LLMSession", "TensorSession", "load"]
+__all__ = ["load"]
 
 Kind = Literal["llm", "tensor", "embedding"]
 
@@ -102,8 +99,9 @@ def load(
         BundleError: no bundle, one that was changed, one of another kind, or one that was not made for that device.
         UsageError: no such kind, more context than planned, a number of threads outside of 1 to 512, CPUs that this
             process may not use, or an argument that this kind of bundle has no use for.
-        SessionError: the model cannot be loaded, memory is too small, ONNX Runtime lacks a provider, or there is no GPU
-            for an engine of TensorRT.
+        SessionError: the model cannot be loaded, memory is too small, ONNX Runtime lacks a provider or leaves nodes to
+            the CPU that was not asked for, there is no GPU for an engine of TensorRT, or one that does not answer, so
+            that no graph can be chosen.
         MissingPackageError: llama-cpp-python, onnxruntime or ``tokenizers`` is not installed.
     """
     started = time.perf_counter()
@@ -116,6 +114,8 @@ def load(
         _refuse(cores=tuple(cores), providers=tuple(providers or ()), device=device)
         return _load_llm(opened, threads, context_tokens, started)
     _refuse(context_tokens=context_tokens)
+    from edgeq.runtime.tensor.devices import fitting_device, named_device
+
     manifest = opened.tensor
     chosen = fitting_device(manifest, providers) if device is None else named_device(manifest, device)
     return _load_tensor(opened.made_for(chosen), kind, threads, cores, providers, started)
@@ -128,6 +128,9 @@ def _refuse(**arguments: object) -> None:
 
 
 def _load_llm(opened: Bundle, threads: int | None, context_tokens: int | None, started: float) -> LLMSession:
+    from edgeq.runtime.engine import EngineSettings
+    from edgeq.runtime.llm import LLMSession
+
     plan = opened.llm.plan
     if context_tokens is not None and not 1 <= context_tokens <= plan.context_tokens:
         raise UsageError(
@@ -146,6 +149,10 @@ def _load_tensor(
     providers: Sequence[Provider] | None,
     started: float,
 ) -> TensorSession:
+    from edgeq.runtime.tensor.engine import OnnxEngine
+    from edgeq.runtime.tensor.session import TensorSession
+    from edgeq.runtime.tensor.settings import TENSORRT_BACKENDS, TensorSettings
+
     manifest = opened.tensor
     embedding = manifest.artifact.embedding
     if kind == "embedding" and embedding is None:
@@ -164,10 +171,13 @@ def _load_tensor(
         engine = OnnxEngine(opened.file("model"), settings)
     if texts is None or tokenizer is None:
         return TensorSession(engine, settings, manifest=manifest, started=started)
+    from edgeq.runtime.tensor.embedding import EmbeddingSession
+
     return EmbeddingSession(engine, settings, tokenizer, texts, manifest=manifest, started=started)
 
 
 def _tensorrt_engine(opened: Bundle) -> TensorrtEngine:
+    from edgeq.runtime.tensor.engine import TensorrtEngine
     from edgeq.runtime.tensorrt.serving import BuildOptions, open_engine
 
     session = open_engine(opened, options=BuildOptions(tell=logging.getLogger("edgeq").info))

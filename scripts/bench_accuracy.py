@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How near INT8 stays to FP32 on inputs that nothing was tuned on: plain INT8, and what ``edgeq convert`` ships.
 
-    scripts/bench_accuracy.py [--models MODEL ...] [--target PROFILE] [--quick] [--json FILE]
+    scripts/bench_accuracy.py [--models MODEL ...] [--target PROFILE] [--vnni] [--quick] [--json FILE]
 
 MiniLM is judged by its sentence embeddings, from text to vector of length 1; a ViT-B/16 with outliers of 1,400 in its
 residual stream by its last hidden states, beside the cosine between the float model's answers to different photos:
@@ -33,6 +33,7 @@ from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
 from edgeq.planner.tensors.prepare import Prepared, decision_of, prepare
 from edgeq.planner.tensors.timing import time_in_turns
 from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
+from edgeq.profiles.loader import load_profile
 from edgeq.profiles.onnx.session import open_onnx_session
 from edgeq.runtime.tensor.pooling import normalized, pool
 from scripts.accuracy_inputs import minilm_folder, planted_vit, write_photos, write_texts
@@ -82,6 +83,21 @@ class Size:
 
 FULL = Size(texts=(192, 256), photos=(24, 28), layers=12, rounds=25)
 QUICK = Size(texts=(48, 64), photos=(8, 8), layers=4, rounds=8)
+
+
+def with_vnni(target: str, folder: Path) -> str:
+    """A profile file that differs from a target in its CPU alone, which multiplies bytes with AVX512-VNNI."""
+    features = dict.fromkeys([*load_profile(target).cpu.features, "avx512_vnni"])
+    extended = str(Path(target).resolve()) if Path(target).is_file() else target
+    own = {
+        "extends": extended,
+        "name": "with-vnni",
+        "cpu": {"features": list(features)},
+        "sources": {"cpu": f"{target}, and AVX512-VNNI to compare with"},
+    }
+    file = folder / "with-vnni.yaml"
+    file.write_text(json.dumps(own), encoding="utf-8")  # which is YAML, too
+    return str(file)
 
 
 def job_of(model: str, target: str, size: Size, work: Path) -> tuple[TensorJob, Path]:
@@ -182,6 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(MUST), default=list(MUST), metavar="MODEL")
     parser.add_argument("--target", default="laptop-cpu", metavar="PROFILE", help="a profile's name or file")
+    parser.add_argument("--vnni", action="store_true", help="as if the target's CPU had AVX512-VNNI")
     parser.add_argument("--quick", action="store_true", help="fewer inputs, and a ViT of 4 blocks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
     arguments = parser.parse_args()
@@ -191,7 +208,8 @@ def main() -> int:
     try:
         for model in arguments.models:
             with tempfile.TemporaryDirectory(prefix="edgeq-accuracy-") as folder:
-                lines = measured(model, arguments.target, QUICK if arguments.quick else FULL, Path(folder))
+                target = with_vnni(arguments.target, Path(folder)) if arguments.vnni else arguments.target
+                lines = measured(model, target, QUICK if arguments.quick else FULL, Path(folder))
             for line in lines:
                 show(line)
             found += lines

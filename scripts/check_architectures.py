@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgeq.converters.onnx.export.export import export_model
 from edgeq.converters.onnx.quantize.clean import clean_for
@@ -30,13 +30,15 @@ from edgeq.planner.tensors.samples import gather_samples
 from edgeq.planner.tensors.writing import Dialect
 from edgeq.runtime.tensorrt.builder import build_engine
 from edgeq.runtime.tensorrt.records import EngineSettings
+from edgeq.tensor_types import Scheme
+from edgeq.types import runs_on_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.architectures import architectures
 from scripts.random_models import save_random
 
 COMPUTE_CAPABILITY = "8.9"  # the least that has FP8
-PRECISIONS = ("int8", "fp16", "fp8")
+PRECISIONS: tuple[Literal["int8"] | Scheme, ...] = ("int8", "fp16", "bf16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def _bench(model: Path, work: Path, backend: str, samples: Any, task: str) -> Wo
         reference=clean / "model.onnx",
         model=clean / "model.onnx",
         folder=work / f"{backend}-candidates",
-        dialect=Dialect(backend, "u8" if backend == "onnxruntime-cpu" else "s8"),
+        dialect=Dialect(backend, "s8" if runs_on_gpu(backend) else "u8"),
         samples=samples,
         task="tensor" if task == "object-detection" else task,
         classes=None,
@@ -101,7 +103,7 @@ def _engines(gpu: Workbench, trt: Any, work: Path) -> tuple[Candidate | None, di
                 symmetric = gpu.static(gpu.ranges(("minmax",))["minmax"], {}, precision)
                 path = symmetric.path
             else:
-                path = gpu.written("fp16" if precision == "fp16" else "fp8")
+                path = gpu.written(precision)
         except EdgeqError as error:
             builds[precision] = str(error)
             continue
@@ -156,8 +158,8 @@ def _line(row: Row) -> str:
 def _markdown(rows: Sequence[Row]) -> str:
     """The table of docs/tensors.md."""
     lines = [
-        "| architecture | covered on a CPU | covered for TensorRT | INT8 | FP16 | FP8 |",
-        "|---|---|---|---|---|---|",
+        "| architecture | covered on a CPU | covered for TensorRT | INT8 | FP16 | BF16 | FP8 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (_percent(row.cpu_coverage), _percent(row.trt_coverage), *map(_seconds, row.builds.values()))

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeq.cli.describe import sections
     from edgeq.cli.output import show, show_lines
     from edgeq.cli.progress import Progress
+    from edgeq.converters.hub import looked_up_once
     from edgeq.planner.job import profile_of
     from edgeq.planner.output import settled_output
 
@@ -70,13 +71,14 @@ def run(args: argparse.Namespace) -> int:
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
     settled_output(out, force=args.force)
     profile_of(job)
-    arrays = is_called_with_arrays(args)
-    with Progress(sys.stderr) as progress:
+    with looked_up_once():
+        arrays = is_called_with_arrays(args)
+        with Progress(sys.stderr) as progress:
 
-        def tell(stage: str, done: int, total: int, detail: str) -> None:
-            progress(done, total, stage)
+            def tell(stage: str, done: int, total: int, detail: str) -> None:
+                progress(done, total, stage)
 
-        bundle = _convert(args, tensor_job if arrays else job, out, tell)
+            bundle = _convert(args, tensor_job if arrays else job, out, tell)
     if args.json:
         show((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         return 0

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgeq.cli.describe import sections
 from edgeq.cli.tables import format_table
+from edgeq.tensor_types import FLOAT_SCHEMES
 from edgeq.types import BUDGET_LINES
 from edgeq.units import format_bytes, format_quantity
 
@@ -64,7 +65,7 @@ def _plan(plan: TensorPlan, built_for: str) -> list[str]:
     activations = {"u8": ", unsigned activations", "s8": ", signed activations", None: ""}[plan.activations]
     speed = "" if plan.speedup is None else f", {plan.speedup:.2f} times as fast as the float model here"
     lines = [f"plan     {plan.scheme}{activations}, for {plan.backend} of {built_for}{speed}"]
-    if plan.backend == "onnxruntime-cpu":
+    if not plan.on_gpu:
         lines.append(f"threads  {plan.threads or 'as many as the machine has physical cores'}")
     for name, sizes in plan.axes.items():
         lines.append(f"axis     {name}: {sizes.least} to {sizes.most}, usually {sizes.usual}")
@@ -118,6 +119,10 @@ def coverage_lines(found: Coverage) -> list[str]:
         for group in found.groups
     ]
     table = format_table(["operator", "computes in", "nodes", "multiply-adds", "weights"], rows, right=[2, 3, 4])
+    if all(group.precision in FLOAT_SCHEMES for group in found.groups):
+        halves = sum(group.macs for group in found.groups if group.precision != "fp32")
+        share = halves / max(sum(group.macs for group in found.groups), 1)
+        return [f"in 16 bits: {share:.1%} of the multiply-adds; nothing is quantized", *table]
     head = f"quantized: {found.weight_share:.1%} of the weights, {found.mac_share:.1%} of the multiply-adds"
     left = [f"in floats: {', '.join(found.left[:_MOST_LEFT])}"] if found.left else []
     return [head, *table, *left]

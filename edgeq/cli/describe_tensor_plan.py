@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgeq.cli.describe import sections
 from edgeq.cli.describe_tensor import coverage_lines, plan_head_lines, tensor_quality_lines
 from edgeq.cli.tables import format_table
+from edgeq.tensor_types import FLOAT_SCHEMES
 from edgeq.types import BUDGET_LINES
 from edgeq.units import format_bytes, format_quantity
 
@@ -41,12 +42,12 @@ def _options(preview: TensorPreview) -> list[str]:
         rows.append(
             [
                 option.scheme,
-                _NONE if covered is None or option.scheme == "fp16" else f"{covered.mac_share:.1%}",
+                _NONE if covered is None or option.scheme in FLOAT_SCHEMES else f"{covered.mac_share:.1%}",
                 format_bytes(predicted.file_bytes),
                 format_bytes(predicted.weights_bytes),
                 format_bytes(predicted.activation_bytes),
                 format_bytes(predicted.peak_memory_bytes),
-                f"≳ {latency}" if preview.least_latency and latency != _NONE else latency,
+                f"≳ {latency}" if predicted.latency_is_floor else latency,
             ]
         )
     header = ["in this order", "quantized", "file", "weights", "activations", "peak memory", "latency"]
@@ -60,7 +61,7 @@ def _budget(preview: TensorPreview) -> list[str]:
         limit, predicted = preview.budget.limit(line), getattr(preview.plan.predicted, line.field, None)
         if limit is None and predicted is None:
             continue
-        least = preview.least_latency and line.field == "latency_ms"
+        least = preview.plan.predicted.latency_is_floor and line.field == "latency_ms"
         if limit is None:
             verdict = _NONE
         elif predicted is None:

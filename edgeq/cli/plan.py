@@ -70,11 +70,8 @@ def _picture(text: str) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Plan, and show every decision."""
-    from edgeq.cli.output import show, show_lines
-    from edgeq.cli.progress import Progress
-    from edgeq.planner.convert import plan_only
+    from edgeq.converters.hub import looked_up_once
     from edgeq.planner.job import profile_of
-    from edgeq.types import to_json
 
     refuse_other_kind(args)
     job, tensor_job = job_from(args), tensor_job_from(args, device_of(args))
@@ -82,8 +79,16 @@ def run(args: argparse.Namespace) -> int:
     check_export(args)
     refuse_same(("--front", args.front if args.front != Path() else None), ("--export", args.export))
     profile_of(job)
-    if is_called_with_arrays(args):
-        return _plan_tensor(args, tensor_job)
+    with looked_up_once():
+        return _plan_tensor(args, tensor_job) if is_called_with_arrays(args) else _plan_language(args, job)
+
+
+def _plan_language(args: argparse.Namespace, job: Job) -> int:
+    from edgeq.cli.output import show, show_lines
+    from edgeq.cli.progress import Progress
+    from edgeq.planner.convert import plan_only
+    from edgeq.types import to_json
+
     refuse_tensor_options(args)
     fronts: list[Front] = []
 

@@ -58,6 +58,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right
 def verdict_table(verdicts: Sequence[Verdict], confidence: float, *, colour: bool) -> list[str]:
     """Every line that has a limit or a measurement: predicted, measured, bound, limit and verdict.
 
+    A prediction that is only the least which datasheet figures allow has "≳" before it.
     The last column is the verdict, so colour does not disturb the widths.
     """
     rows = []
@@ -70,6 +71,7 @@ def verdict_table(verdicts: Sequence[Verdict], confidence: float, *, colour: boo
             _NONE if value is None else format_quantity(value, verdict.unit)
             for value in (verdict.predicted, verdict.measured, verdict.bound)
         ]
+        figures[0] = f"≳ {figures[0]}" if verdict.predicted_is_floor else figures[0]
         rows.append([verdict.label, *figures, limit, str(verdict.n_samples), verdict.result or _NONE])
     headers = ["budget line", "predicted", "measured", f"bound {confidence * 100:g} %", "limit", "samples", "verdict"]
     lines = format_table(headers, rows, right=(1, 2, 3, 4, 5))

@@ -21,7 +21,8 @@ __all__ = [
     "tensor_job_from",
 ]
 
-_PRECISIONS = ("auto", "fp32", "fp16", "int8", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8")
+_FLOATS = ("fp32", "fp16", "bf16")
+_PRECISIONS = ("auto", *_FLOATS, "int8", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8")
 _METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 _TENSOR_ONLY = (
     "task",

@@ -60,11 +60,12 @@ def _check_graph(bundle: Bundle) -> str:
 
     require_package("onnx", "onnx", "to read ONNX models")
     for device in bundle.tensor.devices:
-        _compare_graph(bundle.made_for(device).file("model"), bundle.tensor.artifact)
+        made = bundle.made_for(device)
+        _compare_graph(made.file("model"), made.tensor.artifact, made.tensor.plan.opset or made.tensor.artifact.opset)
     return "inputs, outputs and opset as the manifest tells"
 
 
-def _compare_graph(path: Path, told: TensorArtifact) -> None:
+def _compare_graph(path: Path, told: TensorArtifact, told_opset: int) -> None:
     from edgeq.converters.onnx.export.write import describe_graph
     from edgeq.errors import BundleError
     from edgeq.inputs.arrays import describe_specs
@@ -73,7 +74,7 @@ def _compare_graph(path: Path, told: TensorArtifact) -> None:
     facts = (
         ("inputs", describe_specs(told.inputs), describe_specs(inputs)),
         ("outputs", describe_specs(told.outputs), describe_specs(outputs)),
-        ("opset", str(told.opset), str(opset)),
+        ("opset", str(told_opset), str(opset)),
     )
     for what, there, here in facts:
         if here != there:

@@ -23,7 +23,7 @@ from edgeq.profiles.onnx.probe_models import (
     product_model,
     tiny_chain,
 )
-from edgeq.profiles.onnx.session import PROVIDERS, import_onnxruntime, onnx_session_options
+from edgeq.profiles.onnx.session import import_onnxruntime, onnx_session_options, start_session
 
 __all__ = ["measure_onnx", "measure_runtime_bytes"]
 
@@ -43,7 +43,7 @@ _WARM_UP_CALLS = 2
 _CHILD = """
 import sys
 import edgeq.runtime.session
-import edgeq.runtime.tensor.session
+import edgeq.runtime.tensor.embedding
 import numpy
 from edgeq.profiles.onnx.session import open_onnx_session
 
@@ -163,7 +163,7 @@ def _call_ns(probe: ProbeModel, threads: int, seconds: float) -> float:
     options = onnx_session_options(threads)
     if not probe.optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(probe.model, options, providers=list(PROVIDERS))
+    session = start_session(probe.model, options)
     feeds, fetch = dict(probe.feeds), [probe.fetch]
     for _ in range(_WARM_UP_CALLS):
         session.run(fetch, feeds)

@@ -11,6 +11,7 @@ import numpy as np
 from edgeq.inputs.arrays import Array
 from edgeq.profiles.onnx.session import open_onnx_session
 from edgeq.runtime.tensor.graph import read_specs
+from edgeq.runtime.tensor.placement import placement_config, refuse_fallback
 from edgeq.runtime.tensor.settings import TensorSettings
 from edgeq.tensor_types import TensorArtifact, TensorSpec
 
@@ -58,7 +59,8 @@ class OnnxEngine:
         settings: how to run it.
 
     Raises:
-        SessionError: ONNX Runtime cannot load the file, or does not have a provider.
+        SessionError: ONNX Runtime cannot load the file, does not have a provider, or would leave nodes to the CPU's
+            that was not asked for (`edgeq.runtime.tensor.placement`).
         UsageError: settings that make no sense.
         MissingPackageError: onnxruntime is not installed.
     """
@@ -70,8 +72,9 @@ class OnnxEngine:
             dims=settings.fixed_axes,
             providers=settings.providers,
             disabled_optimizers=settings.disabled_optimizers,
-            config=settings.pool_config(),
+            config={**settings.pool_config(), **placement_config(settings.providers)},
         )
+        refuse_fallback(self._session, settings.providers)
         self.inputs = read_specs(self._session.get_inputs(), "input")
         self.outputs = read_specs(self._session.get_outputs(), "output")
         self.threads = settings.thread_count

@@ -16,10 +16,11 @@ from edgeq.tensor_types import AxisRange, TensorPlan, TensorSpec
 __all__ = ["BACKEND_PROVIDERS", "TENSORRT_BACKENDS", "TensorSettings"]
 
 TENSORRT_BACKENDS = ("tensorrt", "tensorrt-rtx")
-# What ONNX Runtime computes with for each of the plans' backends that are run by it.
+# What ONNX Runtime computes with for each of the plans' backends that are run by it. A GPU's leave out the CPU, which
+# then may take shapes only (`edgeq.runtime.tensor.placement`).
 BACKEND_PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime-cpu": PROVIDERS,
-    "onnxruntime-cuda": ("CUDAExecutionProvider", *PROVIDERS),
+    "onnxruntime-cuda": ("CUDAExecutionProvider",),
 }
 
 
@@ -31,7 +32,8 @@ class TensorSettings:
         threads: that compute one call; None for one on each of ``cores``, or on each physical core.
         cores: CPUs that the session's own threads stay on. The thread that calls `TensorSession.run` computes too and
             is left where it is; the one of `TensorSession.run_async` stays on the first of them.
-        providers: of ONNX Runtime, in the order of preference; a session that lacks one is an error.
+        providers: of ONNX Runtime, in the order of preference; a session that lacks one is an error, and so is one
+            that computes more than shapes on the CPU without its provider among these.
         disabled_optimizers: of ONNX Runtime.
         axes: sizes that dynamic axes may have; an axis of one size is fixed when the graph is optimized.
     """

@@ -1,8 +1,8 @@
-"""Is an engine what its graph says? Its outputs against those of the ONNX graph on the CPU, on the same inputs."""
+"""Is an engine what its graph says? Its outputs against those of the ONNX graph on a CPU, on the same inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from edgeq.profiles.onnx.session import open_onnx_session
 from edgeq.queries import in_order_of
 from edgeq.runtime.tensorrt.records import EngineCheck
 
-__all__ = ["LEAST_COSINE", "Arrays", "Run", "check_engine"]
+__all__ = ["LEAST_COSINE", "Arrays", "Run", "answered", "check_engine"]
 
 # Engine and CPU compute the same quantized graph; they differ by the order of sums, by ties at rounding, and by
 # TensorFloat-32 and FP16 products. A wrong kernel or a wrong input is far below this.
@@ -24,30 +24,42 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Run = Callable[[Arrays], Mapping[str, npt.NDArray[Any]]]
 
 
+def answered(onnx: Path, inputs: Iterable[Arrays], *, threads: int = 1) -> Iterator[tuple[Arrays, Arrays]]:
+    """Inputs, each with what a graph makes of it on this CPU.
+
+    Args:
+        onnx: the graph.
+        inputs: calls.
+        threads: of one.
+
+    Raises:
+        SessionError: ONNX Runtime cannot load it.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    reference = open_onnx_session(onnx, threads)
+    names = [output.name for output in reference.get_outputs()]
+    for arrays in inputs:
+        yield arrays, dict(zip(names, map(np.asarray, reference.run(names, dict(arrays))), strict=True))
+
+
 def check_engine(
-    run: Run, onnx: Path, inputs: Iterable[Arrays], *, least_cosine: float = LEAST_COSINE, threads: int = 1
+    run: Run, calls: Iterable[tuple[Arrays, Arrays]], *, least_cosine: float = LEAST_COSINE
 ) -> EngineCheck:
     """Compare an engine with its graph.
 
     Args:
         run: a call of the engine.
-        onnx: the graph that it was built from.
-        inputs: calls; at least one.
+        calls: at least one, with what the graph makes of it: of `answered`, or what a bundle brings.
         least_cosine: that every output of every call must reach.
-        threads: of the graph on the CPU.
 
     Raises:
         SessionError: an output differs, with its name; or there are no inputs.
-        MissingPackageError: onnxruntime is not installed.
     """
-    reference = open_onnx_session(onnx, threads)
-    names = [output.name for output in reference.get_outputs()]
     count, cosine, error = 0, 1.0, 0.0
-    for arrays in inputs:
+    for arrays, expected in calls:
         count += 1
-        expected = dict(zip(names, map(np.asarray, reference.run(names, dict(arrays))), strict=True))
         found = in_order_of(expected, run(arrays))  # equal scores of a detector's queries fall either way
-        for name in names:
+        for name in expected:
             near, far = _compare(name, found[name], expected[name], least_cosine)
             cosine, error = min(cosine, near), max(error, far)
     if not count:

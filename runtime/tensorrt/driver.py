@@ -21,13 +21,7 @@ __all__ = ["CudaDriver", "Driver", "Gpu", "find_gpu"]
 _LIBRARIES = ("libcuda.so.1", "libcuda.so")
 _SUCCESS = 0
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
-_NO_DEVICE = {
-    3,
-    100,
-    101,
-    803,
-    804,
-}  # not initialized, no device, invalid device, driver and hardware that do not match
+_NO_DEVICE = {3, 34, 100, 101}  # not initialized, a library that only stands for the driver, no device, invalid device
 _STREAM_NON_BLOCKING = 1
 _CAPTURE_THREAD_LOCAL = 1
 # CUdevice_attribute
@@ -271,10 +265,10 @@ class CudaDriver:
 
 
 def find_gpu(device: int = 0) -> Gpu | None:
-    """The GPU of this machine; None if there is no driver or no device.
+    """The GPU of this machine; None if there is no driver, or no device for it.
 
     Raises:
-        SessionError: there is one, and it does not answer.
+        SessionError: there is one, and it does not answer, as with a driver of another version than its library.
     """
     library = _load()
     if library is None:
@@ -286,7 +280,9 @@ def find_gpu(device: int = 0) -> Gpu | None:
         raise _error(library, "cuInit", code)
     count = ctypes.c_int()
     code = int(library.cuDeviceGetCount(ctypes.byref(count)))
-    if code != _SUCCESS or device >= count.value:
+    if code != _SUCCESS:
+        raise _error(library, "cuDeviceGetCount", code)
+    if device >= count.value:
         return None
     driver = CudaDriver(library, device)
     try:

@@ -28,8 +28,8 @@ def refuse_missing_scheme(scheme: Scheme, capability: str, device: str) -> None:
     Raises:
         UnsupportedModelError: with the reason.
     """
-    if scheme == "fp8":
-        _refuse("FP8", capability, device)
+    if scheme in ("bf16", "fp8"):
+        _refuse(scheme.upper(), capability, device)
 
 
 def refuse_missing_precisions(precisions: Mapping[str, int], capability: str) -> None:
@@ -56,5 +56,5 @@ def _refuse(name: str, capability: str, device: str) -> None:
         raise UnsupportedModelError(
             f"The model computes in {name}, which sm_{number} does not have ({device}): its tensor cores came with "
             f"{architecture}, sm_{least[0]}{least[1]}",
-            "Convert the model again with INT8, or for a device that has it",
+            "Convert the model again with INT8 or FP16, or for a device that has it",
         )

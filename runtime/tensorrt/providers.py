@@ -83,9 +83,10 @@ def _tensorrt(
     workspace_bytes: int | None,
     dla_core: int | None,
 ) -> dict[str, str]:
-    if plan.scheme == "fp8":
+    if plan.scheme in ("bf16", "fp8"):
         raise UsageError(
-            "ONNX Runtime's TensorRT provider has no option for FP8", "Run the bundle with the native engine instead"
+            f"Not every version of ONNX Runtime's TensorRT provider has an option for {plan.scheme.upper()}",
+            "Run the bundle with the native engine instead",
         )
     options = {
         "device_id": str(device),

@@ -1,6 +1,7 @@
 """Inputs that a bundle brings, so that a new engine is compared with its graph on the real thing.
 
-One ``.npz`` of the role ``"samples"``, with arrays named ``"INDEX.INPUT"``.
+One ``.npz`` of the role ``"samples"``, with arrays named ``"INDEX.INPUT"``. Where no CPU computes the graph (BF16),
+another one of the role ``"answers"`` has what it makes of them, as ``"INDEX.OUTPUT"``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,22 @@ from edgeq.errors import BundleError, UsageError
 from edgeq.inputs.arrays import check_arrays
 from edgeq.tensor_types import TensorManifest, TensorSpec
 
-__all__ = ["SAMPLES_FILE", "SAMPLES_ROLE", "bundle_samples", "write_samples"]
+__all__ = [
+    "ANSWERS_FILE",
+    "ANSWERS_ROLE",
+    "KEPT_SAMPLES",
+    "SAMPLES_FILE",
+    "SAMPLES_ROLE",
+    "bundle_answers",
+    "bundle_samples",
+    "write_samples",
+]
 
 SAMPLES_FILE = "samples.npz"
 SAMPLES_ROLE = "samples"
-_WRITTEN = 4  # a batch of pictures takes megabytes
+ANSWERS_FILE = "answers.npz"
+ANSWERS_ROLE = "answers"
+KEPT_SAMPLES = 4  # a batch of pictures takes megabytes
 _DRAWN = 4
 _MOST = 64
 # What zipfile and numpy raise for files that were cut or made up; RuntimeError is what an encrypted one gives.
@@ -37,15 +49,15 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def write_samples(path: Path, calls: Iterable[Arrays]) -> None:
-    """Keep the first four calls for a bundle.
+    """Keep the first four calls for a bundle, or what a graph makes of each.
 
     Args:
-        path: of the ``.npz``; the bundle's manifest names it with the role ``"samples"``.
-        calls: an array for each input.
+        path: of the ``.npz``; the bundle's manifest names it with the role ``"samples"`` or ``"answers"``.
+        calls: an array for each input, or for each output.
     """
     arrays: dict[str, Any] = {
         f"{index}.{name}": array
-        for index, call in enumerate(itertools.islice(calls, _WRITTEN))
+        for index, call in enumerate(itertools.islice(calls, KEPT_SAMPLES))
         for name, array in call.items()
     }
     with path.open("wb") as file:  # which keeps numpy from adding a suffix
@@ -75,6 +87,22 @@ def bundle_samples(bundle: Bundle, seed: int = 0) -> Iterator[dict[str, npt.NDAr
         found += 1
     if not found:
         raise _unfit(path, "it has no whole call")
+
+
+def bundle_answers(bundle: Bundle) -> Iterator[tuple[Arrays, Arrays]]:
+    """The bundle's samples, each with what its graph makes of it.
+
+    Raises:
+        BundleError: the bundle has no answers, or one of its files is broken.
+    """
+    path = bundle.file(ANSWERS_ROLE)
+    answers = list(_stored(path, [spec.name for spec in bundle.tensor.artifact.outputs]))
+    samples = list(bundle_samples(bundle))
+    if len(samples) != len(answers):
+        raise BundleError(
+            f"{path} has {len(answers)} whole answers to {len(samples)} samples", "Convert the model again"
+        )
+    return zip(samples, answers, strict=True)
 
 
 def _stored(path: Path, names: list[str]) -> Iterator[dict[str, npt.NDArray[Any]]]:

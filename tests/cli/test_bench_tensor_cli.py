@@ -15,7 +15,7 @@ import pytest
 from edgeq.bundle import MANIFEST, open_bundle, write_manifest
 from edgeq.cli.tables import render_report
 from edgeq.report import Report, TensorDetails, read_report
-from edgeq.tensor_types import AxisRange
+from edgeq.tensor_types import AxisRange, TensorPrediction
 from edgeq.types import from_json
 
 pytest.importorskip("onnxruntime")
@@ -57,6 +57,21 @@ def test_report_prints_the_same_again(measured: CompletedProcess[str], bundle: P
     report = read_report(bundle / "reports" / "report.json")
     assert len(report.metrics["latency_ms"].samples) == 300
     assert open_bundle(bundle, verify=True).manifest.kind == "tensor"
+
+
+def test_a_predicted_floor_is_marked(linear_onnx: Path, make_tensor_bundle: Any, run_cli: Any) -> None:
+    sizes = {"file_bytes": 1, "weights_bytes": 1, "activation_bytes": 1, "runtime_bytes": 1, "peak_memory_bytes": 4}
+    for floor, shown in ((True, "≳ 0.012 ms"), (False, "0.012 ms")):
+        predicted = TensorPrediction(**sizes, latency_ms=0.0123, latency_is_floor=floor)
+        folder = make_tensor_bundle(linear_onnx, plan={"axes": AXES, "predicted": predicted})
+        done = run_cli("bench", folder, "--warmup", "0", "--repetitions", "5", "--max-host-load", "1")
+        assert done.returncode == 0, done.stderr
+        assert re.search(rf"^latency p99 +{shown} ", done.stdout, re.MULTILINE), done.stdout
+        assert run_cli("report", folder).stdout == done.stdout
+        told = json.loads(run_cli("report", folder, "--json").stdout)
+        floors = {verdict["field"]: verdict["predicted_is_floor"] for verdict in told["verdicts"]}
+        assert floors.pop("latency_ms") is floor
+        assert not any(floors.values())
 
 
 def test_calls_of_several_shapes_are_shown_by_their_ends(measured: CompletedProcess[str], bundle: Path) -> None:

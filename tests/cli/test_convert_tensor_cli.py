@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from tests.conftest import Cli
+    from tests.fixtures.command import Cli
 else:
     Cli = object
 

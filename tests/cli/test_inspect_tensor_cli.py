@@ -15,7 +15,7 @@ from edgeq.tensor_types import TensorManifest, TensorPrediction, TensorVariant
 from edgeq.types import Budget, to_json
 
 if TYPE_CHECKING:
-    from tests.conftest import Cli
+    from tests.fixtures.command import Cli
 else:
     Cli = object
 

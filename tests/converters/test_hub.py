@@ -334,3 +334,51 @@ def test_models_of_the_wrong_kind_are_not_fetched(client: Client, names: list[st
 def test_without_progress_nothing_is_drawn(client: Client) -> None:
     assert client.resolve(quiet=True)["source"]["revision"] == COMMIT
     assert client.warnings == ""
+
+
+def test_a_model_that_was_found_is_not_asked_for_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within `hub.looked_up_once`, and only there."""
+    found: list[hub.Download] = []
+
+    def snapshot(request: Any, progress: Any, **options: Any) -> hub.Download:
+        found.append(hub.Download(client.home, f"commit {len(found)}"))
+        return found[-1]
+
+    monkeypatch.setattr(hub, "_look_up", lambda request: None)
+    monkeypatch.setattr(hub, "_snapshot", snapshot)
+    client.home.mkdir()
+    with hub.looked_up_once():
+        assert hub.download(REPO) is hub.download(REPO)
+        assert hub.download(REPO, revision="v1") is not hub.download(REPO)
+        assert len(found) == 2
+        client.home.rmdir()
+        hub.download(REPO)
+        assert len(found) == 3, "a snapshot that is gone is fetched again"
+    client.home.mkdir()
+    hub.download(REPO)
+    hub.download(REPO)
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "ViTModel"])
+@pytest.mark.parametrize("command", ["plan", "convert"])
+def test_a_command_asks_the_hub_once(client: Client, architecture: str, command: str) -> None:
+    """What kind of model it is is one question, what to make of it the next; the files do for both."""
+    client.hub.files["config.json"] = json.dumps({"architectures": [architecture], "image_size": 8}).encode()
+    client.resolve()
+    once = [(request.method, request.path) for request in client.hub.seen]
+    client.hub.seen.clear()
+    output = ["-o", str(client.home / "out")] if command == "convert" else []
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    settings = {"HF_ENDPOINT": client.hub.url, "HF_HOME": str(client.home / "cli"), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeq.cli", command, REPO, "--target", "laptop-cpu", *output],
+        env={**base, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr  # the files are no model that could be planned for
+    assert "hub" not in done.stderr
+    assert sorted((request.method, request.path) for request in client.hub.seen) == sorted(once)

@@ -16,7 +16,7 @@ from edgeq import report as reports
 from edgeq.errors import BundleError
 from edgeq.tensor_types import TensorPrediction
 from edgeq.types import BUDGET_LINES, Budget, Prediction, from_json, to_json
-from edgeq.verdicts import Verdict, judge, metric, overall_result, predictions, tensor_predictions
+from edgeq.verdicts import Verdict, judge, metric, overall_result, predictions, tensor_floors, tensor_predictions
 
 LINES = {line.field: line for line in BUDGET_LINES}
 PREDICTED = Prediction(
@@ -248,6 +248,25 @@ def test_predicted_latency_is_for_the_usual_sizes() -> None:
     assert tensor_predictions(TENSOR_PREDICTED, usual=False) == {"peak_memory_bytes": 4}
     unknown = msgspec.structs.replace(TENSOR_PREDICTED, latency_ms=None)
     assert tensor_predictions(unknown, usual=True) == {"peak_memory_bytes": 4}
+
+
+def test_a_latency_from_a_datasheet_is_no_prediction() -> None:
+    assert tensor_floors(TENSOR_PREDICTED) == ()
+    least = msgspec.structs.replace(TENSOR_PREDICTED, latency_is_floor=True)
+    verdicts = judge(Budget(), {}, predicted=tensor_predictions(least, usual=True), floors=tensor_floors(least))
+    assert [verdict.field for verdict in verdicts if verdict.predicted_is_floor] == ["latency_ms"]
+    unlike = judge(Budget(), {}, predicted=tensor_predictions(least, usual=False), floors=tensor_floors(least))
+    assert not any(verdict.predicted_is_floor for verdict in unlike)
+
+
+def test_a_report_without_floors_is_still_read(tmp_path: Path) -> None:
+    report = make_report()
+    old = json.loads(to_json(report))
+    assert old["verdicts"]
+    for verdict in old["verdicts"]:
+        del verdict["predicted_is_floor"]
+    (tmp_path / "r.json").write_text(json.dumps(old))
+    assert reports.read_report(tmp_path / "r.json") == report
 
 
 def test_report_file_is_replaced_in_one_step(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgeq.converters.onnx.checks import check_skeleton
 from edgeq.converters.onnx.export.export import Exported
 from edgeq.converters.onnx.export.quiet import quiet
+from edgeq.converters.onnx.export.recognise import recognise
 from edgeq.converters.onnx.export.tidy import names_kept, tidy
 from edgeq.converters.onnx.export.verify import Call, check_outputs, session_caller
 from edgeq.converters.onnx.export.write import describe_graph, fresh_output, shape_notes, write_graph
@@ -56,7 +57,8 @@ def adopt_onnx(file: Path, out: Path, *, inputs: Iterable[Arrays] = (), newest_o
     are raised to it, or to the newest that the target takes; those from 13 on stay as they are if that fails, and a
     note says why. Opsets that the target does not take are lowered. The result is compared with the original on random
     inputs, but for those that the original refuses or answers with NaN or infinity (the logarithm of a negative
-    number); a note says so. `check_adopted` compares with real ones later.
+    number); a note says so. `check_adopted` compares with real ones later. What the model is for is looked for in its
+    outputs and in config.json beside it (`edgeq.converters.onnx.export.recognise`).
 
     Args:
         file: with external data, if it has any, in the same folder.
@@ -104,6 +106,7 @@ def _adopted(file: Path, out: Path, skeleton: Skeleton, inputs: Sequence[Arrays]
         _clean(model, file.name)
         write_graph(model, out)
         specs, answers, written = describe_graph(out)
+        known = recognise(file.parent, specs, answers)
         original = session_caller(file, remedy=_REMEDY)
         calls, dropped = _usable_calls(original, specs)
         if not calls:
@@ -113,8 +116,10 @@ def _adopted(file: Path, out: Path, skeleton: Skeleton, inputs: Sequence[Arrays]
         if not calls:
             notes.append(_NOT_COMPARED)
         checks = check_outputs(original, session_caller(out, remedy=_REMEDY), calls, remedy=_REMEDY)
-    artifact = TensorArtifact(architecture="onnx", task="tensor", opset=written, inputs=specs, outputs=answers)
-    return Exported(out, artifact, checks, (*notes, *shape_notes(out)))
+    artifact = TensorArtifact(
+        architecture="onnx", task=known.task, opset=written, inputs=specs, outputs=answers, labels=known.labels
+    )
+    return Exported(out, artifact, checks, (*known.notes, *notes, *shape_notes(out)), known.n_classes)
 
 
 def check_adopted(file: Path, adopted: Exported, inputs: Iterable[Arrays]) -> Exported:

@@ -6,9 +6,9 @@ torch folds small constants; position tables that were resized and masks that ar
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from edgeq.profiles.onnx.session import import_onnxruntime
+from edgeq.profiles.onnx.session import import_onnxruntime, start_session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -98,8 +98,8 @@ def _run(model: ir.Model, node: ir.Node) -> list[NDArray[Any]] | None:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     try:
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        return list(session.run(None, {name: tensor.numpy() for name, tensor in tensors.items()}))
+        session = start_session(data, options)
+        return cast("list[NDArray[Any]]", session.run(None, {name: t.numpy() for name, t in tensors.items()}))
     except Exception:  # noqa: BLE001 - no kernel, or a type that numpy has not: the node stays as it was
         return None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from edgeq.converters.onnx.quantize.graph import attribute_int, infer_shapes, is_constant, open_editor, sizes_of
 from edgeq.errors import ConversionError, SessionError, SourceError
 from edgeq.profiles.onnx.session import import_onnxruntime, onnx_session_options, start_session
-from edgeq.tensor_types import Coverage, NodeGroup
+from edgeq.tensor_types import FLOAT_SCHEMES, Coverage, NodeGroup
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -171,8 +171,8 @@ def coverage(
         raise ConversionError(f"{model.name} holds no matrix product or convolution with weights", "Ship it as it is")
     weights, macs = sum(c.weights for c in counted), sum(c.macs for c in counted)
     names = {node.name for node in written.graph.all_nodes() if node.name}
-    small = [c for c in counted if c.precision not in ("fp32", "fp16")]
-    left = sorted((c for c in counted if c.precision in ("fp32", "fp16")), key=lambda c: (-c.macs, c.name))
+    small = [c for c in counted if c.precision not in FLOAT_SCHEMES]
+    left = sorted((c for c in counted if c.precision in FLOAT_SCHEMES), key=lambda c: (-c.macs, c.name))
     return Coverage(
         weight_share=sum(c.weights for c in small) / weights,
         mac_share=sum(c.macs for c in small) / macs if macs else 0.0,
@@ -311,7 +311,8 @@ def _precision(node: ir.Node, place: int, explicit: bool) -> str:
         if types[1] in (ir.DataType.INT4, ir.DataType.UINT4):
             return "int4"
     weight = node.inputs[place]
-    return "fp16" if weight is not None and weight.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else "fp32"
+    halves = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+    return "fp32" if weight is None or weight.dtype is None else halves.get(weight.dtype, "fp32")
 
 
 def _dequantized_from(value: ir.Value | None) -> ir.DataType | None:

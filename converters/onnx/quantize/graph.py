@@ -201,7 +201,20 @@ def infer_shapes(editor: Editor) -> None:
     """Fill in shapes and element types that follow from the graph."""
     from onnx_ir.passes import common
 
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(editor.model)
+    infer = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    infer(editor.model)
+    while _fill_in(editor):
+        infer(editor.model)
+
+
+def _fill_in(editor: Editor) -> bool:
+    """What onnx (1.23) has no rule for; whether something was filled in."""
+    filled = False
+    for node in editor.nodes("GroupNormalization"):
+        source, made = node.inputs[0], node.outputs[0]
+        if made.dtype is None and source is not None and source.dtype is not None:
+            made.type, made.shape, filled = source.type, source.shape, True
+    return filled
 
 
 def data_file(path: Path) -> Path:

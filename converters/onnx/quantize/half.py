@@ -1,4 +1,4 @@
-"""FP16: weights and most of the arithmetic in 16 bits, inputs and outputs as they were.
+"""FP16 and BF16: weights and most of the arithmetic in 16 bits, inputs and outputs as they were.
 
 What overflows or rounds away in 16 bits stays float32, between casts: sums over many elements, exponentials, powers and
 whatever is computed from indices. Matrix products, convolutions and LayerNormalization accumulate in float32 inside the
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, infer_shapes, is_constant, open_editor, save_model
+from edgeq.converters.onnx.quantize.half_kinds import FLOAT16, HalfKind
 from edgeq.converters.onnx.quantize.half_scales import GRIDS, fine_grids, refit_channels, with_their_grids
+from edgeq.converters.onnx.quantize.sites import editor_products
 from edgeq.converters.onnx.quantize.tiny import tiny_numbers
 from edgeq.converters.onnx.quantize.type_check import require_types, takes_halves
 from edgeq.errors import ConversionError
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["to_half"]
 
-_LARGEST = 65504.0  # of float16
+_RAISED_FROM = 20
+_IR_VERSION = 10  # of ONNX files with the opset that takes BF16
 
 # Sums of squares and of many elements, exponentials and their inverses: beyond 65,504 or below 6e-8 in FP16.
 _OVERFLOWS = """
@@ -42,32 +45,48 @@ _COUNTS = """
 _KEPT = frozenset((_OVERFLOWS + _COUNTS).split()) | {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 
 
-def to_half(model: Path, out: Path, *, keep_float: Set[str] = frozenset()) -> tuple[str, ...]:
-    """Write a model that computes in 16 bits; a QDQ model keeps its grids, with scales in 16 bits.
+def to_half(
+    model: Path,
+    out: Path,
+    *,
+    kind: HalfKind = FLOAT16,
+    keep_float: Set[str] = frozenset(),
+    newest_opset: int | None = None,
+) -> tuple[str, ...]:
+    """Write a model that computes in 16 bits; a QDQ model keeps its grids, with scales in 16 bits if that is FP16.
 
     Args:
         model: floats, or a QDQ graph made for TensorRT.
         out: is written; weights beside it if they are large.
+        kind: the type.
         keep_float: names of nodes that stay float32, with the grids that they read.
+        newest_opset: that the target takes, up to which the opset is raised if more operators then take the type; None
+            for any.
 
     Returns:
-        Notes: what was cut to the largest number of the type, and what stays float32 for numbers that are too small.
+        Notes: what was cut to the largest number of the type, and what stays float32 for numbers that are too small or
+            because its operator does not take the type.
 
     Raises:
-        ConversionError: control flow, a value whose type cannot be inferred, names that no node has, or a graph that
-            ONNX's own rules refuse.
+        ConversionError: control flow, a value whose type cannot be inferred, names that no node has, products that
+            all take no such halves, or a graph that ONNX's own rules refuse.
         SourceError: no sound ONNX file.
     """
     editor = open_editor(model)
     unknown = sorted(set(keep_float) - {node.name for node in editor.graph if node.name})
     if unknown:
         raise ConversionError(f"No node is named {', '.join(map(repr, unknown[:5]))}", "Name nodes as they are listed")
+    _raise_opset(editor, kind.opset, newest_opset)
     infer_shapes(editor)
-    refit_channels(editor)
     kept = with_their_grids(node for node in editor.graph if node.name in keep_float)
-    no_grids = not takes_halves("DequantizeLinear", editor.opset)
-    fine = with_their_grids(editor.nodes(*GRIDS)) if no_grids else fine_grids(editor)
-    halver = _Halver(editor, kept, fine, tiny_numbers(editor))
+    if kind.has_float_range:  # eight bits of a scale's digits would move the whole grid
+        halver = _Halver(editor, kind, kept, with_their_grids(editor.nodes(*GRIDS)), {})
+    else:
+        refit_channels(editor)
+        no_grids = not takes_halves("DequantizeLinear", editor.opset)
+        fine = with_their_grids(editor.nodes(*GRIDS)) if no_grids else fine_grids(editor)
+        halver = _Halver(editor, kind, kept, fine, tiny_numbers(editor))
+    unable = _unable(halver)
     for node in tuple(editor.graph):
         halver.convert(node)
     halver.outputs()
@@ -76,7 +95,37 @@ def to_half(model: Path, out: Path, *, keep_float: Set[str] = frozenset()) -> tu
         value.type, value.shape = None, None
     save_model(editor, out)
     require_types(out)
-    return halver.notes()
+    return (*halver.notes(), *unable)
+
+
+def _unable(halver: _Halver) -> tuple[str, ...]:
+    """A note on products whose operators do not take the type in this opset; it is an error if that is all."""
+    unbuilt = halver.editor.nodes(*halver.kind.unbuilt) if halver.kind.unbuilt else ()
+    products = [node for node in (*editor_products(halver.editor), *unbuilt) if node not in halver.kept]
+    unable = [node for node in products if not halver.takes(node)]
+    if not unable:
+        return ()
+    kind, first, opset = halver.kind, unable[0], halver.editor.opset
+    why = f"{first.op_type} takes no {kind.name} in opset {opset}"
+    if first.op_type in kind.unbuilt:
+        why = f"TensorRT-RTX does not build {first.op_type} in {kind.name}"
+    elif takes_halves(first.op_type, kind.opset, kind.name):
+        why = f"{first.op_type} takes {kind.name} from opset {kind.opset} on, and this is {opset}"
+    if len(unable) == len(products):
+        raise ConversionError(f"Nothing would compute in {kind.name}: {why}", "Choose --precision fp16")
+    return (f"{len(unable)} of {len(products)} products compute in float32, such as {first.name!r}: {why}",)
+
+
+def _raise_opset(editor: Editor, wanted: int, newest: int | None) -> None:
+    """From 20 on the opsets up to 22 only let operators take more types.
+
+    GroupNormalization changed, but onnx's checker refuses the old one in opset 20.
+    """
+    able = newest is None or newest >= wanted
+    if not able or not _RAISED_FROM <= editor.opset < wanted:
+        return
+    editor.model.opset_imports[""] = wanted
+    editor.model.ir_version = max(editor.model.ir_version, _IR_VERSION)
 
 
 @dataclasses.dataclass
@@ -84,6 +133,7 @@ class _Halver:
     """Goes through the nodes in order and keeps one cast of each value."""
 
     editor: Editor
+    kind: HalfKind
     kept: Set[ir.Node]  # by the caller's wish
     fine: Set[ir.Node]  # because of their scales
     tiny: Mapping[ir.Node, float]  # because of numbers that they read
@@ -93,9 +143,7 @@ class _Halver:
 
     @property
     def half(self) -> ir.DataType:
-        import onnx_ir as ir
-
-        return ir.DataType.FLOAT16
+        return self.kind.dtype
 
     def convert(self, node: ir.Node) -> None:
         """Let a node read and make halves, or floats if it must."""
@@ -120,7 +168,13 @@ class _Halver:
     def _is_half(self, node: ir.Node) -> bool:
         if node.domain != "" or node in self.kept or node in self.fine or node in self.tiny:
             return False
-        return node.op_type not in _KEPT and takes_halves(node.op_type, self.editor.opset)
+        return node.op_type not in _KEPT and self.takes(node)
+
+    def takes(self, node: ir.Node) -> bool:
+        """Whether the operator does."""
+        if node.op_type in self.kind.unbuilt:
+            return False
+        return takes_halves(node.op_type, self.editor.opset, self.kind.name)
 
     def _is_float(self, value: ir.Value, node: ir.Node) -> bool:
         import onnx_ir as ir
@@ -170,11 +224,12 @@ class _Halver:
         return made
 
     def _rounded(self, array: NDArray[Any], name: str) -> NDArray[Any]:
-        beyond = np.isfinite(array) & (np.abs(array) > _LARGEST)
+        largest = np.float32(self.kind.largest)
+        beyond = np.isfinite(array) & (np.abs(array) > largest)
         if beyond.any():
             self.cut.append(name)
-            array = np.where(beyond, np.copysign(np.float32(_LARGEST), array), array)
-        return array.astype(np.float16)
+            array = np.where(beyond, np.copysign(largest, array), array)
+        return self.kind.rounded(array)
 
     def outputs(self) -> None:
         """Give what leaves the graph the type that it had; readers inside keep what they read."""
@@ -190,19 +245,26 @@ class _Halver:
         """What a user must know."""
         notes = []
         if self.cut:
-            largest = f"{len(self.cut)} constants beyond float16 were cut to its largest number"
-            notes.append(f"{largest}, such as {self.cut[0]!r}")
+            what = "1 constant" if len(self.cut) == 1 else f"{len(self.cut)} constants"
+            told = f"cut to the largest number of {self.kind.name}, which they go beyond"
+            notes.append(f"{what} {told}, such as {self.cut[0]!r}")
         fine = sorted(node.name or "" for node in self.fine if node.op_type not in GRIDS)
         if fine:
-            why = "scales of its grids lie outside of float16's normal numbers"
-            if not takes_halves("DequantizeLinear", self.editor.opset):
-                why = f"its grids take scales in float16 from opset 19 on, the model has {self.editor.opset}"
-            notes.append(f"{len(fine)} nodes read 8 bits but compute in float32, such as {fine[0]!r}: {why}")
+            notes.append(
+                f"{len(fine)} nodes read 8 bits but compute in float32, such as {fine[0]!r}: {self._why_fine()}"
+            )
         tiny = sorted((node.name or "", number) for node, number in self.tiny.items() if self._halves_else(node))
         if tiny:
             why = f"float16 does not hold {tiny[0][1]:.3g}, which it or what it reads is computed with"
             notes.append(f"{len(tiny)} nodes compute in float32, such as {tiny[0][0]!r}: {why}")
         return tuple(notes)
+
+    def _why_fine(self) -> str:
+        if self.kind.has_float_range:
+            return f"{self.kind.name} has too few digits for scales"
+        if not takes_halves("DequantizeLinear", self.editor.opset):
+            return f"its grids take scales in float16 from opset 19 on, the model has {self.editor.opset}"
+        return "scales of its grids lie outside of float16's normal numbers"
 
     def _halves_else(self, node: ir.Node) -> bool:
         """Whether nothing but a tiny number keeps a node in float32."""

@@ -32,6 +32,7 @@ from edgeq.planner.tensors.writing import (
     coverage_of,
     tensors_to_range,
     write_scheme,
+    write_stand_in,
 )
 from edgeq.tensor_types import Coverage, Embedding, Scheme, TensorQuality
 
@@ -52,6 +53,7 @@ class Candidate:
     Attributes:
         scheme: of most of its weights.
         path: the ONNX file; data beside it.
+        stand_in: what a CPU computes in its place, with the same roundings; None where it computes the file itself.
         label: for people and as a folder's name.
         activations: of INT8.
         float_nodes: that could be quantized and were not, with the reason.
@@ -80,6 +82,12 @@ class Candidate:
     predicted_ms: float | None = None
     made_from: Path | None = None
     notes: tuple[str, ...] = ()
+    stand_in: Path | None = None
+
+    @property
+    def on_cpu(self) -> Path:
+        """What a CPU computes."""
+        return self.stand_in or self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +205,12 @@ class Workbench:
         return self.judged(Candidate("int8-dynamic", path, label + self.suffix, "u8", dict(keep_float)))
 
     def other(self, scheme: Scheme, keep_float: Mapping[str, str], label: str | None = None) -> Candidate:
-        """The schemes without ranges to choose: FP16, FP8, weights alone."""
+        """The schemes without ranges to choose: FP16, BF16, FP8, weights alone."""
         name = label or scheme
         path, notes = self._written(scheme, keep_float, name, self.fp8_ranges if scheme == "fp8" else None)
-        return self.judged(Candidate(scheme, path, name + self.suffix, float_nodes=dict(keep_float), notes=notes))
+        made = Candidate(scheme, path, name + self.suffix, float_nodes=dict(keep_float), notes=notes)
+        stand_in = write_stand_in(scheme, path, self.folder / f"{name}-stand-in")
+        return self.judged(dataclasses.replace(made, stand_in=stand_in))
 
     def written(self, scheme: Scheme) -> Path:
         """The file of such a scheme, not judged: ONNX Runtime on a CPU may not run it."""
@@ -215,7 +225,7 @@ class Workbench:
         evidence = Evidence(
             ranges=ranges or {},
             means=self.means if scheme == "int8-static" else None,
-            too_large=self.too_large if self.dialect.on_gpu else {},
+            too_large=self.too_large if self.dialect.on_gpu and scheme != "bf16" else {},
         )
         kept = frozenset(keep_float)
         return path, write_scheme(scheme, self.model, path, self.dialect, kept=kept, evidence=evidence)
@@ -238,7 +248,7 @@ class Workbench:
         try:
             found = compare_outputs(
                 self.reference,
-                candidate.path,
+                candidate.on_cpu,
                 self.samples.judged,
                 task=self.task,
                 classes=self.classes,

@@ -15,7 +15,7 @@ from edgeq.planner.tensors.node_times import Clock
 from edgeq.planner.tensors.search import SEARCHED, eight_bit_candidates
 from edgeq.planner.tensors.speed import fastest
 from edgeq.planner.tensors.timing import Timing
-from edgeq.tensor_types import Scheme
+from edgeq.tensor_types import FLOAT_SCHEMES, Scheme
 from edgeq.types import Rejection
 
 __all__ = ["Decision", "decide"]
@@ -118,7 +118,7 @@ def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: 
     if candidate.quality is not None and (why := missed(candidate.quality, gate)) is not None:
         return why
     found = candidate.coverage
-    if found is None or candidate.scheme in ("fp32", "fp16"):
+    if found is None or candidate.scheme in FLOAT_SCHEMES:
         return None
     lost = [name for name in found.left if not (timed and name in candidate.float_nodes)]
     allowed = candidate.kept_share if timed else asked_share

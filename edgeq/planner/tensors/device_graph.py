@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from edgeq.bundle import describe_file
 from edgeq.converters.onnx.layers import compare_layers
@@ -18,6 +20,8 @@ from edgeq.planner.tensors.plan import make_plan
 from edgeq.planner.tensors.prepare import Prepared
 from edgeq.planner.tensors.verify import verify_graph
 from edgeq.planner.tensors.writing import MODEL_FILE
+from edgeq.runtime.tensorrt.check import answered
+from edgeq.runtime.tensorrt.samples import ANSWERS_FILE, ANSWERS_ROLE, KEPT_SAMPLES, write_samples
 from edgeq.tensor_types import Coverage, TensorPlan, TensorQuality, TensorVariant
 from edgeq.types import BundleFile, Target, to_json
 
@@ -70,17 +74,26 @@ def write_device_graph(
     place.mkdir(parents=True, exist_ok=True)
     files = [(path, role) for path, role in _copied(chosen.path, place)]
     if chosen.made_from is not None:
-        _write_layers(prepared.bench, chosen.made_from, chosen.path, place / LAYERS_FILE, progress)
+        _write_layers(prepared.bench, chosen.made_from, chosen.on_cpu, place / LAYERS_FILE, progress)
         files.append((place / LAYERS_FILE, "layers"))
     plan = make_plan(prepared, decision, place / MODEL_FILE)
     if prepared.backend.on_gpu:  # what a CPU runs is loaded once the bundle is complete
-        verify_graph(place / MODEL_FILE, prepared.bench.reference, prepared.samples, progress)
+        on_cpu = chosen.stand_in or place / MODEL_FILE
+        verify_graph(on_cpu, prepared.bench.reference, prepared.samples, progress)
+    if chosen.stand_in is not None:
+        write_samples(place / ANSWERS_FILE, (answer for _, answer in answered(chosen.stand_in, _kept(prepared))))
+        files.append((place / ANSWERS_FILE, ANSWERS_ROLE))
     if plan.backend == _SHIPS_ENGINES:
         engine, notes = _ship_engine(prepared, plan, place, progress)
         files += engine
         plan = msgspec.structs.replace(plan, notes=(*plan.notes, *notes))
     described = tuple(describe_file(bundle, path.relative_to(bundle).as_posix(), role) for path, role in files)
     return DeviceGraph(plan, described, chosen.coverage, chosen.quality)
+
+
+def _kept(prepared: Prepared) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The samples that the bundle will bring."""
+    yield from prepared.samples.judged[:KEPT_SAMPLES]
 
 
 def variant_of(prepared: Prepared, made: DeviceGraph) -> TensorVariant:

@@ -21,7 +21,7 @@ Arrays = Mapping[str, NDArray[Any]]
 """One call: an array for each input, or for each output."""
 
 Precision = Literal[
-    "auto", "fp32", "fp16", "int8", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8"
+    "auto", "fp32", "fp16", "bf16", "int8", "int8-static", "int8-dynamic", "int8-weights", "int4-weights", "fp8"
 ]
 
 

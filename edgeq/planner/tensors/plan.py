@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgeq.converters.onnx.export.write import describe_graph
 from edgeq.planner.tensors.decide import Decision
 from edgeq.planner.tensors.memory_budget import memory_error
 from edgeq.planner.tensors.options import predicted_of
@@ -40,6 +41,7 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
         float_nodes=dict(chosen.float_nodes),
         axes=dict(prepared.axes),
         threads=prepared.bench.threads,
+        opset=_newer_opset(prepared, model),
         disabled_optimizers=() if prepared.backend.on_gpu else chosen.disabled_optimizers,
         predicted=predicted,
         speedup=speedup,
@@ -52,6 +54,11 @@ def make_plan(prepared: Prepared, decision: Decision, model: Path) -> TensorPlan
             *unknown,
         ),
     )
+
+
+def _newer_opset(prepared: Prepared, model: Path) -> int | None:
+    written = describe_graph(model)[2]
+    return None if written == prepared.exported.artifact.opset else written
 
 
 def _narrow_note(prepared: Prepared, decision: Decision) -> tuple[str, ...]:

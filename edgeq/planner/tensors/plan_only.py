@@ -19,7 +19,7 @@ from edgeq.planner.tensors.schemes import impossible_schemes
 from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
 from edgeq.record import Record
 from edgeq.staging import staging_folder
-from edgeq.tensor_types import Coverage, TensorArtifact, TensorPlan, TensorQuality
+from edgeq.tensor_types import FLOAT_SCHEMES, Coverage, TensorArtifact, TensorPlan, TensorQuality
 from edgeq.types import Budget, ModelSource, Rejection
 from edgeq.units import format_bytes
 
@@ -43,7 +43,6 @@ class TensorPreview(Record, frozen=True, kw_only=True):
         quality: measured, if it was decided; else None, as for floats.
         options: every scheme in the order of preference, the impossible ones last.
         budget: the limits.
-        least_latency: whether latencies are floors from datasheet figures, which decide nothing for certain.
         others: the same for the other devices of the job.
     """
 
@@ -56,7 +55,6 @@ class TensorPreview(Record, frozen=True, kw_only=True):
     quality: TensorQuality | None
     options: tuple[TensorOption, ...]
     budget: Budget
-    least_latency: bool
     others: tuple[TensorPreview, ...] = ()
 
 
@@ -115,7 +113,6 @@ def _preview(job: TensorJob, prepared: Prepared, work: Path, *, decide: bool) ->
         quality=quality,
         options=options,
         budget=prepared.budget,
-        least_latency=prepared.backend.on_gpu or prepared.profile.measured is None,
     )
 
 
@@ -132,7 +129,7 @@ def _options(job: TensorJob, prepared: Prepared, kept: Mapping[str, str], work: 
 def _held_to_gate(option: TensorOption, job: TensorJob, kept: Mapping[str, str]) -> TensorOption:
     """With the reason if too little would be quantized, as `edgeq.planner.tensors.decide.missed_gate` has it."""
     found = option.coverage
-    if found is None or option.scheme in ("fp32", "fp16") or found.mac_share >= job.gate.min_coverage:
+    if found is None or option.scheme in FLOAT_SCHEMES or found.mac_share >= job.gate.min_coverage:
         return option
     named = [name for name in found.left if name not in kept][:5]
     if not named:

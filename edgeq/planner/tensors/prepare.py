@@ -23,7 +23,7 @@ from edgeq.planner.tensors.job import TensorJob
 from edgeq.planner.tensors.node_times import Clock, measured, probed
 from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_uncounted, refuse_unmeasured
 from edgeq.planner.tensors.samples import Samples, gather_samples
-from edgeq.planner.tensors.schemes import activations_of, choose_backend, schemes_for
+from edgeq.planner.tensors.schemes import activations_of, choose_backend, possible_schemes, schemes_for
 from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, MODEL_FILE, Dialect
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
 from edgeq.profiles.loader import load_profile
@@ -234,7 +234,13 @@ def _workbench(
         reference=clean / MODEL_FILE,
         model=clean / MODEL_FILE,
         folder=work / "candidates",
-        dialect=Dialect(backend.name, activations_of(profile, backend), needs_narrow_weights(profile, backend)),
+        dialect=Dialect(
+            backend.name,
+            activations_of(profile, backend),
+            needs_narrow_weights(profile, backend),
+            newest_opset(profile, backend.name),
+            has_bf16="bf16" in possible_schemes(backend),
+        ),
         samples=samples,
         task=exported.artifact.task,
         classes=_n_classes(exported),

@@ -117,7 +117,7 @@ def _drawn(artifact: TensorArtifact, axes: Mapping[str, AxisRange], wanted: Cali
     count = wanted.samples + wanted.judged
     drawn = list(random_inputs(artifact, axes, count, seed=0))
     note = (
-        "ranges come from random inputs, which no camera or user makes: give real ones with --calibration "
+        "calibrated and judged on random inputs, which no camera or user makes: give real ones with --calibration "
         "before a robot depends on it"
     )
     calibration, judged = drawn[: wanted.samples], drawn[wanted.samples :]

@@ -25,6 +25,7 @@ TENSOR_BACKENDS = ("onnxruntime-cpu", "tensorrt", "tensorrt-rtx", "onnxruntime-c
 _BY_PRECISION: dict[Precision, tuple[Scheme, ...]] = {
     "fp32": ("fp32",),
     "fp16": ("fp16",),
+    "bf16": ("bf16",),
     "int8": ("int8-static", "int8-dynamic"),
     "int8-static": ("int8-static",),
     "int8-dynamic": ("int8-dynamic",),
@@ -33,17 +34,22 @@ _BY_PRECISION: dict[Precision, tuple[Scheme, ...]] = {
     "fp8": ("fp8",),
 }
 _ON_CPU: tuple[Scheme, ...] = ("fp32", "int8-static", "int8-dynamic", "int8-weights", "int4-weights")
-_ON_TENSORRT: tuple[Scheme, ...] = ("fp32", "fp16", "int8-static", "fp8")
+_ON_GPU: tuple[Scheme, ...] = ("fp32", "fp16", "int8-static", "fp8")
+# ONNX Runtime's CUDA kernels lack BF16 for Clip, GlobalAveragePool, MaxPool and others (its docs/OperatorKernels.md).
+_ON_TENSORRT: tuple[Scheme, ...] = (*_ON_GPU, "bf16")
 # What a profile must list under precisions for a scheme.
 _NEEDS: dict[Scheme, str] = {
     "fp32": "fp32",
     "fp16": "fp16",
+    "bf16": "bf16",
     "int8-static": "int8",
     "int8-dynamic": "int8",
     "int8-weights": "int8",
     "int4-weights": "int4",
     "fp8": "fp8",
 }
+# The least compute capability, to say so.
+_CAPABILITIES: dict[Precision, str] = {"bf16": "8.0", "fp8": "8.9"}
 # The fastest first; a scheme that is not tried unasked is not here.
 _AUTO: dict[bool, tuple[Scheme, ...]] = {
     True: ("int8-static", "fp16", "fp32"),
@@ -119,7 +125,8 @@ def impossible_schemes(profile: DeviceProfile, backend: Backend) -> dict[Scheme,
 
 def possible_schemes(backend: Backend) -> list[Scheme]:
     """Schemes that can be asked for with a backend."""
-    return [scheme for scheme in (_ON_TENSORRT if backend.on_gpu else _ON_CPU) if _NEEDS[scheme] in _known(backend)]
+    there = _ON_TENSORRT if backend.name.startswith("tensorrt") else _ON_GPU if backend.on_gpu else _ON_CPU
+    return [scheme for scheme in there if _NEEDS[scheme] in _known(backend)]
 
 
 def _known(backend: Backend) -> Sequence[str]:
@@ -128,12 +135,16 @@ def _known(backend: Backend) -> Sequence[str]:
 
 
 def _reason(profile: DeviceProfile, backend: Backend, precision: Precision) -> str:
-    if precision == "fp8" and profile.gpu is not None:
-        return f"FP8 needs compute capability 8.9, its GPU has {profile.gpu.compute_capability}"
-    if precision == "fp16" and not backend.on_gpu:
-        return "ONNX Runtime computes FP16 in FP32 on a CPU"
-    if precision in ("int8-dynamic", "int8-weights", "int4-weights") and backend.on_gpu:
+    if backend.on_gpu and precision in ("int8-dynamic", "int8-weights", "int4-weights"):
         return "TensorRT takes explicit Q/DQ with fixed scales"
+    if backend.on_gpu and precision == "bf16" and "bf16" in _known(backend):
+        return "ONNX Runtime's CUDA kernels lack BF16 for many operators, and TensorRT has it"
+    if profile.gpu is not None and precision in _CAPABILITIES and (backend.on_gpu or precision == "fp8"):
+        least = _CAPABILITIES[precision]
+        return f"{precision.upper()} needs compute capability {least}, its GPU has {profile.gpu.compute_capability}"
+    on_cpu = {"fp16": "ONNX Runtime computes FP16 in FP32 on a CPU", "bf16": "ONNX Runtime's CPU kernels lack BF16"}
+    if not backend.on_gpu and precision in on_cpu:
+        return on_cpu[precision]
     return f"its precisions there are {', '.join(backend.precisions)}"
 
 

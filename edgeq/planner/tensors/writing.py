@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,8 @@ from edgeq.converters.onnx.quantize.coverage import coverage, write_executed
 from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
 from edgeq.converters.onnx.quantize.fp8 import fp8_tensors, quantize_fp8
 from edgeq.converters.onnx.quantize.half import to_half
+from edgeq.converters.onnx.quantize.half_kinds import BFLOAT16
+from edgeq.converters.onnx.quantize.rounded import write_rounded
 from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.converters.onnx.quantize.weights_only import quantize_weights
 from edgeq.planner.tensors.overflow import nodes_that_touch
@@ -30,6 +32,7 @@ __all__ = [
     "coverage_of",
     "tensors_to_range",
     "write_scheme",
+    "write_stand_in",
 ]
 
 MODEL_FILE = "model.onnx"
@@ -45,11 +48,15 @@ class Dialect:
         backend: its name.
         activations: of static INT8.
         narrow_weights: of fewer steps, for CPUs without VNNI.
+        newest_opset: that the backend takes; None for any.
+        has_bf16: whether it computes in BF16 too.
     """
 
     backend: str
     activations: Literal["u8", "s8"]
     narrow_weights: bool = False
+    newest_opset: int | None = None
+    has_bf16: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -98,14 +105,22 @@ def write_scheme(
     Raises:
         ConversionError: the model has nothing that this scheme could quantize, or cannot be written in it.
     """
+    if scheme == "bf16":
+        return to_half(model, out, kind=BFLOAT16, keep_float=kept, newest_opset=dialect.newest_opset)
     if scheme == "fp16":
-        return _to_half(model, out, kept, evidence)
+        return _to_half(model, out, kept, evidence, dialect)
     if scheme == "int8-dynamic":
         quantize_dynamic(model, out, keep_float=kept, narrow_weights=dialect.narrow_weights)
     elif scheme in ("int8-weights", "int4-weights"):
         quantize_weights(model, out, bits=8 if scheme == "int8-weights" else 4, keep_float=kept)
     elif dialect.on_gpu:
-        return _halved(out, lambda grids: _write_grids(scheme, model, grids, dialect, kept, evidence), evidence)
+        # What is not quantized is in FP16: a GPU computes it faster, and Turing no other way.
+        grids = out.with_name("grids") / MODEL_FILE
+        grids.parent.mkdir(exist_ok=True)
+        _write_grids(scheme, model, grids, dialect, kept, evidence)
+        notes = _to_half(grids, out, frozenset(), evidence, dialect)
+        shutil.rmtree(grids.parent)
+        return notes
     else:
         _write_grids(scheme, model, out, dialect, kept, evidence)
     return ()
@@ -127,17 +142,7 @@ def _write_grids(scheme: Scheme, model: Path, out: Path, dialect: Dialect, kept:
     )
 
 
-def _halved(out: Path, write: Callable[[Path], None], evidence: Evidence) -> tuple[str, ...]:
-    """What is not quantized in FP16: a GPU computes it faster, and Turing no other way. Returns notes."""
-    grids = out.with_name("grids") / MODEL_FILE
-    grids.parent.mkdir(exist_ok=True)
-    write(grids)
-    notes = _to_half(grids, out, frozenset(), evidence)
-    shutil.rmtree(grids.parent)
-    return notes
-
-
-def _to_half(model: Path, out: Path, kept: Set[str], evidence: Evidence) -> tuple[str, ...]:
+def _to_half(model: Path, out: Path, kept: Set[str], evidence: Evidence, dialect: Dialect) -> tuple[str, ...]:
     """In FP16 but for what is kept and what overflows there. Returns notes."""
     large = evidence.too_large
     both = kept | nodes_that_touch(model, large.keys()) if large else kept
@@ -146,7 +151,22 @@ def _to_half(model: Path, out: Path, kept: Set[str], evidence: Evidence) -> tupl
         return notes
     worst = max(large, key=lambda name: large[name])
     told = f"{len(both - kept)} nodes stay in FP32: {worst!r} reaches {large[worst]:.3g}, FP16 ends at 65504"
-    return (*notes, told)
+    return (*notes, f"{told}; --precision bf16 holds it in 16 bits" if dialect.has_bf16 else told)
+
+
+def write_stand_in(scheme: Scheme, model: Path, folder: Path) -> Path | None:
+    """What a CPU computes in a model's place, with the same roundings; None where it computes the model itself.
+
+    Args:
+        scheme: of the model.
+        model: written by `write_scheme`.
+        folder: for the copy; made if there is one.
+    """
+    if scheme != "bf16":
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rounded(model, folder / MODEL_FILE)
+    return folder / MODEL_FILE
 
 
 def coverage_of(model: Path, dialect: Dialect, dims: Mapping[str, int]) -> Coverage:

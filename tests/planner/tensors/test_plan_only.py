@@ -63,7 +63,7 @@ def counted(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> TensorP
 def test_every_precision_is_there_in_order_or_with_a_reason(counted: TensorPreview) -> None:
     assert [option.scheme for option in counted.options][:3] == ["int8-static", "int8-dynamic", "fp32"]
     impossible = {option.scheme: option.reason for option in counted.options if option.predicted is None}
-    assert impossible.keys() == {"fp16", "fp8"}
+    assert impossible.keys() == {"fp16", "bf16", "fp8"}
     assert "FP32 on a CPU" in (impossible["fp16"] or "")
     assert counted.plan.scheme == "int8-static"
     assert (counted.decided, counted.quality) == (False, None)
@@ -101,7 +101,7 @@ def test_a_plan_that_is_decided_is_that_of_a_conversion(exported: Path, tmp_path
 def test_devices_that_were_not_probed_have_memory_and_the_least_latency(exported: Path, tmp_path: Path) -> None:
     preview = plan_tensor(job(exported, "jetson-orin"), tmp_path / "plan", decide=False)
     predicted = preview.plan.predicted
-    assert preview.least_latency
+    assert preview.plan.predicted.latency_is_floor
     assert predicted.latency_ms is not None
     assert 0 < predicted.latency_ms < 1
     assert predicted.activation_bytes > 16 * 64 * 2

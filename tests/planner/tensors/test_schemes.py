@@ -37,6 +37,23 @@ def test_fp8_on_orin_is_refused_with_the_reason() -> None:
     assert schemes_for(thor, choose_backend(thor, None), "fp8") == ("fp8",)
 
 
+def test_bf16_is_for_tensorrt_from_ampere_on() -> None:
+    orin, laptop = load_profile("jetson-orin"), load_profile("laptop-cpu")
+    assert schemes_for(orin, choose_backend(orin, None), "bf16") == ("bf16",)
+    assert "bf16" not in schemes_for(orin, choose_backend(orin, None), "auto")
+    with pytest.raises(UsageError, match="CUDA kernels lack BF16 for many operators, and TensorRT has it"):
+        schemes_for(orin, choose_backend(orin, "onnxruntime-cuda"), "bf16")
+    with pytest.raises(UsageError, match=r"laptop-cpu cannot run bf16.*ONNX Runtime's CPU kernels lack BF16"):
+        schemes_for(laptop, choose_backend(laptop, None), "bf16")
+    rtx = load_profile("laptop-rtx")
+    assert rtx.gpu is not None
+    backend = choose_backend(rtx, "tensorrt-rtx")
+    turing = msgspec.structs.replace(rtx, gpu=msgspec.structs.replace(rtx.gpu, compute_capability="7.5"))
+    fewer = msgspec.structs.replace(backend, precisions=("fp32", "fp16", "int8"))
+    with pytest.raises(UsageError, match=r"BF16 needs compute capability 8\.0, its GPU has 7\.5"):
+        schemes_for(turing, fewer, "bf16")
+
+
 def test_what_a_cpu_cannot_do_is_refused_with_the_reason() -> None:
     laptop = load_profile("laptop-cpu")
     backend = choose_backend(laptop, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,34 @@ def test_for_tensorrt_activations_are_signed(resnet: Path, tmp_path: Path) -> No
     assert (manifest.plan.backend, manifest.plan.activations) == ("tensorrt-rtx", "s8")
     assert manifest.plan.speedup is None
     assert any("speed was not measured" in note for note in manifest.plan.notes)
+
+
+@pytest.mark.parametrize(("target", "opset"), [("laptop-rtx", 22), ("jetson-orin", None)])
+def test_bf16_is_judged_with_its_roundings_and_brings_answers(
+    bert: Path, resnet: Path, tmp_path: Path, target: str, opset: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgeq.runtime.tensorrt.samples import bundle_answers
+
+    wanted = TensorJob(model=str(bert), target=target, precision="bf16", calibration=SMALL, threads=1)
+    bundle = convert_tensor(wanted, tmp_path / "bundle")
+    plan, quality = bundle.tensor.plan, bundle.tensor.quality
+    assert (plan.scheme, plan.opset) == ("bf16", opset)
+    assert quality is not None
+    assert all(0.99 < output.mean_cosine < 0.999999 for output in quality.outputs)
+    assert bundle.tensor.coverage is not None
+    assert {group.precision for group in bundle.tensor.coverage.groups if group.op_type == "MatMul"} == {"bf16"}
+    answers = list(bundle_answers(bundle))
+    assert [set(outputs) for _, outputs in answers] == [{spec.name for spec in bundle.tensor.artifact.outputs}] * 3
+    assert main(["verify", str(bundle.path)]) == 0
+    capsys.readouterr()
+    camera = dataclasses.replace(wanted, model=str(resnet), shapes={"pixel_values": (1, 3, 32, 32)})
+    if opset is None:
+        with pytest.raises(ConversionError, match="Conv takes bfloat16 from opset 22 on, and this is 20"):
+            convert_tensor(dataclasses.replace(camera, keep_float=("classifier",)), tmp_path / "camera")
+    else:
+        groups = convert_tensor(camera, tmp_path / "camera").tensor.coverage
+        assert groups is not None
+        assert {group.precision for group in groups.groups} == {"bf16"}
 
 
 def test_a_gate_that_nothing_passes_ships_the_float_model(exported: Path, tmp_path: Path) -> None:

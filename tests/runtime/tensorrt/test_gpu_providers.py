@@ -63,8 +63,9 @@ def test_the_other_backends_have_their_own(tmp_path: Path) -> None:
 def test_plans_that_no_gpu_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="made for onnxruntime-cpu"):
         gpu_providers(_plan("onnxruntime-cpu"), INPUTS, cache=tmp_path)
-    with pytest.raises(UsageError, match="no option for FP8"):
-        gpu_providers(_plan("tensorrt", "fp8"), INPUTS, cache=tmp_path)
+    for scheme in ("fp8", "bf16"):
+        with pytest.raises(UsageError, match=f"Not every version.* has an option for {scheme.upper()}"):
+            gpu_providers(_plan("tensorrt", scheme), INPUTS, cache=tmp_path)
     strange = (TensorSpec(name="x", dtype="float32", shape=("height",)),)
     with pytest.raises(UsageError, match="dynamic axes height"):
         gpu_providers(_plan("tensorrt"), strange, cache=tmp_path)

@@ -294,3 +294,29 @@ def test_vision_towers_that_pool_their_output(tmp_path: Path, name: str) -> None
     _types(tmp_path / "half.onnx")
     ort.InferenceSession(str(tmp_path / "half.onnx"), providers=["CPUExecutionProvider"])
     assert _build(tmp_path / "half.onnx") > 0
+
+
+def test_group_normalization_has_the_type_of_what_it_reads(tmp_path: Path) -> None:
+    arrays = {"w": np.ones((4, 3, 3, 3), np.float32), "one": np.ones(4, np.float32)}
+    nodes = [
+        _node("Conv", "x w", "a"),
+        _node("GroupNormalization", "a one one", "b", num_groups=2),
+        _node("Relu", "b", "c"),
+        _node("GroupNormalization", "c one one", "y", num_groups=2),
+    ]
+    info = onnx.helper.make_tensor_value_info
+    constants = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = onnx.helper.make_graph(
+        nodes, "g", [info("x", _FLOAT, [1, 3, 8, 8])], [info("y", _FLOAT, [1, 4, 6, 6])], constants
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    to_half(tmp_path / "m.onnx", tmp_path / "h.onnx")
+    made = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "h.onnx").graph.initializer}
+    assert made["one_half"] == _HALF
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    found, exact = (
+        ort.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for name in ("h.onnx", "m.onnx")
+    )
+    np.testing.assert_allclose(found, exact, atol=1e-2)
