@@ -33,7 +33,7 @@ from edgeq.planner.tensors.node_times import measured as node_clock
 from edgeq.planner.tensors.samples import gather_samples
 from edgeq.planner.tensors.search import eight_bit_candidates
 from edgeq.planner.tensors.timing import time_in_turns
-from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, Dialect
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, Dialect, write_floats
 from edgeq.tensor_types import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -117,11 +117,12 @@ def measured(name: str, work: Path, threads: int) -> tuple[list[Line], Exported,
     clean.mkdir()
     clean_for(exported.path, clean / "model.onnx", "onnxruntime-cpu")
     samples = gather_samples(exported.artifact, folder, {}, Calibration(samples=8, judged=4))
+    dialect = Dialect("onnxruntime-cpu", "u8")
     bench = Workbench(
-        reference=clean / "model.onnx",
+        reference=write_floats(clean / "model.onnx", work / "floats" / "model.onnx", dialect),
         model=clean / "model.onnx",
         folder=work / "candidates",
-        dialect=Dialect("onnxruntime-cpu", "u8"),
+        dialect=dialect,
         samples=samples,
         task=exported.artifact.task,
         classes=None,
@@ -131,7 +132,7 @@ def measured(name: str, work: Path, threads: int) -> tuple[list[Line], Exported,
         progress=lambda *_: None,
     )
     ways = candidates(bench)
-    floats = [(path, off) for path in (exported.path, bench.model) for off in ((), DISABLED_OPTIMIZERS)]
+    floats = [(path, off) for path in (exported.path, bench.reference) for off in ((), DISABLED_OPTIMIZERS)]
     models = [path for path, _ in floats] + [way.path for way in ways]
     disabled: list[Sequence[str]] = [*(off for _, off in floats), *([DISABLED_OPTIMIZERS] * len(ways))]
     times = time_in_turns(models, samples.judged, threads=threads, disabled_optimizers=disabled, rounds=25)

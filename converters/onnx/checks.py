@@ -30,6 +30,8 @@ _SIZES_FROM_VALUES = {  # places of the inputs that decide about the shape of th
     "TopK": (1,),
 }
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
+_RUNTIME = "com.microsoft"
+_GRIDS = frozenset({"DequantizeLinear", "QuantizeLinear"})  # older quantizers wrote them in that domain
 
 
 def check_skeleton(skeleton: Skeleton, name: str) -> None:
@@ -126,7 +128,7 @@ def _check_inputs(model: onnx.ModelProto) -> None:
 
 
 def refuse_for_backend(model: Path, backend: str) -> None:
-    """Refuse what a backend cannot compute at all: for TensorRT, shapes inside the graph that depend on the data.
+    """Refuse what a backend cannot compute at all: for TensorRT, shapes that depend on the data, and others' operators.
 
     Args:
         model: cleaned, so that what follows from constants and from shapes alone is no longer computed in it.
@@ -141,6 +143,12 @@ def refuse_for_backend(model: Path, backend: str) -> None:
     graph = read_skeleton(model).model.graph
     of_values = {value.name for value in graph.input} - {weight.name for weight in graph.initializer}
     for node in graph.node:
+        if node.domain == _RUNTIME and node.op_type not in _GRIDS:
+            raise UnsupportedModelError(
+                f"The node {node.name or node.output[0]!r} is of ONNX Runtime's own operator {node.op_type}, which "
+                f"{backend} does not know",
+                "Give the model that this file was made from, or export it with standard operators",
+            )
         sizes = [node.input[i] for i in _SIZES_FROM_VALUES.get(node.op_type, ()) if i < len(node.input)]
         if node.op_type in _DATA_DEPENDENT or not of_values.isdisjoint(sizes):
             raise UnsupportedModelError(

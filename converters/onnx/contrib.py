@@ -92,11 +92,10 @@ def _product(node: onnx.NodeProto, shapes: list[list[int | str]]) -> list[int | 
     place = _PRODUCTS[node.op_type]
     if len(shapes) <= place or len(shapes[0]) < 1 or len(shapes[place]) < 1:
         raise SourceError(f"{node.op_type} {node.name!r} has not two factors", "Export the model again")
-    if integers.get("transBatchA") or integers.get("transBatchB"):
-        raise UnsupportedModelError(
-            f"FusedMatMul {node.name!r} takes its batches transposed", "Export the model with standard operators"
-        )
     first, second = list(shapes[0]), list(shapes[place])
+    for factor, name in ((first, "transBatchA"), (second, "transBatchB")):
+        if integers.get(name):  # the first axis goes behind those of the batch
+            factor.insert(len(factor) - 2, factor.pop(0))
     if integers.get("transA") and len(first) > 1:
         first[-2:] = first[:-3:-1]
     if integers.get("transB") and len(second) > 1:

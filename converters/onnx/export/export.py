@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from edgeq.converters.onnx.export.load import forward_parameters, load_model
 from edgeq.converters.onnx.export.problems import is_unsupported_operator
 from edgeq.converters.onnx.export.tasks import Task, architecture_of, model_task
 from edgeq.converters.onnx.export.tidy import tidy
-from edgeq.converters.onnx.export.verify import OutputCheck, check_outputs, session_caller
+from edgeq.converters.onnx.export.verify import OutputCheck, Reference, check_outputs, session_caller
 from edgeq.converters.onnx.export.write import describe_graph, fresh_output, shape_notes, write_graph
 from edgeq.errors import ConversionError, EdgeqError, UnsupportedModelError, UsageError, require_package
 from edgeq.inputs.arrays import check_arrays
@@ -27,7 +28,7 @@ from edgeq.tensor_types import TensorArtifact
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Exported", "Progress", "export_model", "export_module"]
+__all__ = ["Exported", "Progress", "check_exported", "export_model", "export_module"]
 
 Progress = Callable[[int, int, str], None]
 Arrays = Mapping[str, NDArray[Any]]
@@ -48,6 +49,7 @@ class Exported:
         checks: against what it was made from, one for each output.
         notes: what a user must know, one line each.
         n_classes: that the model knows, with names or without; None where nothing says it.
+        reference: torch's model, for `check_exported`; None once it was let go.
     """
 
     path: Path
@@ -55,6 +57,37 @@ class Exported:
     checks: tuple[OutputCheck, ...]
     notes: tuple[str, ...] = ()
     n_classes: int | None = None
+    reference: Reference | None = None
+
+
+def check_exported(exported: Exported, inputs: Iterable[Arrays]) -> Exported:
+    """Compare with torch again, on real inputs.
+
+    Args:
+        exported: with its reference.
+        inputs: calls that it takes.
+
+    Returns:
+        It, with what was found on these inputs too, and without its reference, which holds all weights.
+
+    Raises:
+        ConversionError: the graph answers differently.
+    """
+    reference = exported.reference
+    if reference is None:
+        return exported
+    found = check_outputs(reference.call, session_caller(exported.path), inputs, as_sets=reference.unordered)
+    more = {check.name: check for check in found}
+    checks = tuple(_together(check, more.get(check.name)) for check in exported.checks)
+    return dataclasses.replace(exported, checks=checks, reference=None)
+
+
+def _together(drawn: OutputCheck, real: OutputCheck | None) -> OutputCheck:
+    """The one that is nearer to its tolerance, of all calls."""
+    if real is None:
+        return drawn
+    worse = max(drawn, real, key=lambda check: check.max_error / check.tolerance if check.tolerance else 0.0)
+    return dataclasses.replace(worse, calls=drawn.calls + real.calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +157,7 @@ def export_model(
         chosen.unordered,
     )
     with fresh_output(out):
-        checks, notes = _attempts(job, plan, inputs)
+        checks, reference, notes = _attempts(job, plan, inputs)
         specs, answers, found_opset = describe_graph(out)
     embedding, remarks = read_embedding(folder, settings) if _embeds(chosen) else (None, ())
     artifact = TensorArtifact(
@@ -139,7 +172,7 @@ def export_model(
     own = (chosen.note,) if chosen.note else ()
     about = (*notes, *_size_notes(artifact), *shape_notes(out))
     notes = (*own, *plan.notes, *about, *remarks, *_file_notes(folder, chosen))
-    return Exported(out, artifact, checks, notes, class_count(settings))
+    return Exported(out, artifact, checks, notes, class_count(settings), reference)
 
 
 _UNLABELLED = frozenset({"feature-extraction", "image-feature-extraction", "fill-mask", "question-answering"})
@@ -204,30 +237,39 @@ def export_module(
     require_package("torch", "export", "to export PyTorch modules")
     axes = {name: dict(axes) for name, axes in (dynamic or {}).items()}
     _check_dynamic(axes, inputs)
-    modes = {part: part.training for part in module.modules()}
-    job = _Job(module.eval(), lambda found: rename_outputs(found, output_names), {}, opset, out, progress)
+    job = _Job(module, lambda found: rename_outputs(found, output_names), {}, opset, out, progress)
     calls = [inputs, *_doubled(inputs, axes)]
-    try:
-        with fresh_output(out):
-            checks = _export_once(job, inputs, axes, [_as_arrays(call) for call in calls])
-            specs, answers, found_opset = describe_graph(out)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with fresh_output(out), _evaluating(module):
+        checks, reference = _export_once(job, inputs, axes, [_as_arrays(call) for call in calls])
+        specs, answers, found_opset = describe_graph(out)
     artifact = TensorArtifact(
         architecture=type(module).__name__, task="tensor", opset=found_opset, inputs=specs, outputs=answers
     )
-    return Exported(out, artifact, checks, shape_notes(out))
+    return Exported(out, artifact, checks, shape_notes(out), reference=reference)
 
 
-def _attempts(job: _Job, plan: InputPlan, real: Iterable[Arrays]) -> tuple[tuple[OutputCheck, ...], tuple[str, ...]]:
+@contextlib.contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """In evaluation mode, and then as it was."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _attempts(
+    job: _Job, plan: InputPlan, real: Iterable[Arrays]
+) -> tuple[tuple[OutputCheck, ...], Reference, tuple[str, ...]]:
     """Export with all open axes, and if that fails with fewer, which a note then says."""
     first: EdgeqError | None = None
     given = tuple(real)
     for fixed in _stages(plan):
         attempt = plan.fixed(fixed)
         try:
-            return _attempt(job, attempt, given), _fixed_note(plan, fixed, first)
+            return (*_attempt(job, attempt, given), _fixed_note(plan, fixed, first))
         except (ConversionError, UnsupportedModelError) as error:
             first = first or error
             if error.__cause__ is None and isinstance(error, UnsupportedModelError):
@@ -252,7 +294,7 @@ def _fixed_note(plan: InputPlan, fixed: frozenset[str], error: EdgeqError | None
     return (f"Fixed at {sizes}, since the model cannot be exported with these axes open ({cause})",)
 
 
-def _attempt(job: _Job, plan: InputPlan, real: Sequence[Arrays]) -> tuple[OutputCheck, ...]:
+def _attempt(job: _Job, plan: InputPlan, real: Sequence[Arrays]) -> tuple[tuple[OutputCheck, ...], Reference]:
     import torch
 
     example = {name: torch.from_numpy(array) for name, array in plan.draw(plan.sizes, _SEED).items()}
@@ -270,7 +312,7 @@ def _export_once(
     example: Mapping[str, torch.Tensor],
     dynamic: Mapping[str, Mapping[int, str]],
     calls: Iterable[Arrays],
-) -> tuple[OutputCheck, ...]:
+) -> tuple[tuple[OutputCheck, ...], Reference]:
     """Trace, clean, write and check."""
     import torch
 
@@ -289,12 +331,13 @@ def _export_once(
 
     def reference(inputs: Arrays) -> dict[str, NDArray[Any]]:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-        outputs = run_module(job.module, tensors, job.constants)
+        with _evaluating(job.module):  # a module in memory may be in training, when it is asked again
+            outputs = run_module(job.module, tensors, job.constants)
         return {new: outputs[old].detach().cpu().numpy() for old, new in names.items()}
 
     checks = check_outputs(reference, session_caller(job.out), calls, as_sets=job.unordered)
     job.step(len(_STEPS))
-    return checks
+    return checks, Reference(reference, job.unordered)
 
 
 def _check_dynamic(dynamic: Mapping[str, Mapping[int, str]], inputs: Mapping[str, torch.Tensor]) -> None:

@@ -135,7 +135,7 @@ def export_source(source: ModuleSource, out: Path, progress: Callable[[int, int,
     )
     artifact = msgspec.structs.replace(found.artifact, task=source.task, labels=tuple(source.labels))
     n_classes = len(artifact.labels) or class_count(_config_of(source.module))
-    return Exported(found.path, artifact, found.checks, found.notes, n_classes)
+    return dataclasses.replace(found, artifact=artifact, n_classes=n_classes)
 
 
 def _config_of(module: torch.nn.Module) -> Mapping[str, Any]:

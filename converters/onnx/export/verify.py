@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from edgeq.errors import ConversionError, SessionError, SourceError, UnsupportedModelError
 from edgeq.profiles.onnx.session import import_onnxruntime, open_onnx_session
 
-__all__ = ["ABSOLUTE", "RELATIVE", "Call", "OutputCheck", "check_outputs", "session_caller"]
+__all__ = ["ABSOLUTE", "RELATIVE", "Call", "OutputCheck", "Reference", "check_outputs", "session_caller"]
 
 Arrays = Mapping[str, NDArray[Any]]
 Call = Callable[[Arrays], Arrays]
@@ -37,6 +37,19 @@ _FATAL = 4
 _SOURCE_LINE = re.compile(r"\S*/onnxruntime_src/\S+:\d+ \S*\([^()]*\) |\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _REMEDY = "Export it yourself and give the ONNX file"
 _REMEDY_SHAPES = "Fix the shapes with --shape (shapes=), or export it yourself and give the ONNX file"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """What an ONNX file was made from, to be compared with.
+
+    Attributes:
+        call: of it, with the graph's names.
+        unordered: whether its outputs are sets.
+    """
+
+    call: Call
+    unordered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

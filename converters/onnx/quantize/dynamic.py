@@ -17,6 +17,7 @@ import numpy as np
 from edgeq.converters.onnx.quantize.affine import quantize_weight
 from edgeq.converters.onnx.quantize.embeddings import quantize_embeddings
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, require_opset, save_model
+from edgeq.converters.onnx.quantize.heads import read_heads_in_place
 from edgeq.converters.onnx.quantize.narrow import quantize_narrow
 from edgeq.converters.onnx.quantize.sites import Product, editor_products
 from edgeq.errors import ConversionError
@@ -61,6 +62,7 @@ def quantize_dynamic(
         _rewrite(editor, product, made)
     if embeddings:
         quantize_embeddings(editor, keep_float)
+    read_heads_in_place(editor)
     save_model(editor, out)
 
 

@@ -22,6 +22,7 @@ from edgeq.converters.onnx.quantize.affine import (
 from edgeq.converters.onnx.quantize.bias_correction import shift_of
 from edgeq.converters.onnx.quantize.cpu_kernels import Quantized, fuse_bias, repeat_factors, widen_input
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, require_opset, save_model
+from edgeq.converters.onnx.quantize.heads import read_heads_in_place
 from edgeq.converters.onnx.quantize.narrow import quantize_narrow
 from edgeq.converters.onnx.quantize.placement import Placement, Point, place_for_cpu, place_for_tensorrt
 from edgeq.converters.onnx.quantize.sites import Product
@@ -134,6 +135,7 @@ def quantize_static(
             elif product.node.op_type == "Conv":
                 widen_input(editor, product, source)
         repeat_factors(editor)
+        read_heads_in_place(editor)
     save_model(editor, out)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgeq.converters.onnx.quantize.dynamic import matrix_products
 from edgeq.converters.onnx.quantize.embeddings import quantize_embeddings
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, open_editor, save_model, sizes_of
+from edgeq.converters.onnx.quantize.heads import read_heads_in_place
 from edgeq.converters.onnx.quantize.sites import Product
 from edgeq.errors import ConversionError
 
@@ -70,6 +71,7 @@ def quantize_weights(
         _rewrite(editor, product, packed[key], bits, block, integer_compute)
     if embeddings:
         quantize_embeddings(editor, keep_float)
+    read_heads_in_place(editor)
     save_model(editor, out)
 
 

@@ -31,6 +31,7 @@ from edgeq.planner.tensors.writing import (
     Evidence,
     coverage_of,
     tensors_to_range,
+    write_floats,
     write_scheme,
     write_stand_in,
 )
@@ -95,8 +96,9 @@ class Workbench:
     """The float model, inputs, and where candidates are made.
 
     Attributes:
-        reference: the float model, cleaned for the backend: what is judged against, and shipped if nothing is better.
-        model: what is quantized: the same, or one that computes the same and is smoother.
+        reference: the float model in the form that the backend computes fastest: what is judged against, and shipped if
+            nothing is better.
+        model: what is quantized, cleaned for the backend: it computes the same, and may be smoother.
         folder: for candidates.
         dialect: what the device wants of a graph.
         samples: to calibrate with and to judge on.
@@ -143,6 +145,13 @@ class Workbench:
         if len(tensors) == len(channel_tensors(self.model)):
             return None
         return self._smoothed(tensors, "smoother", paid=True)
+
+    @functools.cached_property
+    def floats(self) -> Path:
+        """``model`` in the form that the backend computes fastest; its kernels are timed against those of 8 bits."""
+        if not self.suffix:
+            return self.reference
+        return write_floats(self.model, self.folder / "floats" / MODEL_FILE, self.dialect)
 
     def _smoothed(self, tensors: Sequence[str], name: str, *, paid: bool) -> Workbench | None:
         if not tensors or self.suffix:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgeq.converters.onnx.checks import refuse_for_backend
 from edgeq.converters.onnx.export.adopt import adopt_onnx, check_adopted
-from edgeq.converters.onnx.export.export import Exported, export_model
+from edgeq.converters.onnx.export.export import Exported, check_exported, export_model
 from edgeq.converters.onnx.export.module_source import ModuleSource, describe_module, export_source
 from edgeq.converters.onnx.quantize.clean import clean_for
 from edgeq.converters.onnx.quantize.sites import quantizable
@@ -24,7 +24,8 @@ from edgeq.planner.tensors.node_times import Clock, measured, probed
 from edgeq.planner.tensors.refusals import refuse_contradictions, refuse_uncounted, refuse_unmeasured
 from edgeq.planner.tensors.samples import Samples, gather_samples
 from edgeq.planner.tensors.schemes import activations_of, choose_backend, possible_schemes, schemes_for
-from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, MODEL_FILE, Dialect
+from edgeq.planner.tensors.timing import Call
+from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS, MODEL_FILE, Dialect, write_floats
 from edgeq.profiles.device import Backend, DeviceProfile, power_mode_of
 from edgeq.profiles.loader import load_profile
 from edgeq.profiles.onnx.opsets import newest_opset
@@ -40,7 +41,7 @@ Progress = Callable[[str, int, int, str], None]
 _DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "avx_vnni_int8"})
 # Of axes that nobody fixed: what a call may have, and what it usually has.
 _AXES = {"batch": AxisRange(least=1, usual=1, most=16), "sequence": AxisRange(least=1, usual=128, most=512)}
-_CHECKED_INPUTS = 4  # real ones, that a file from elsewhere is compared with itself on
+_CHECKED_INPUTS = 4  # real ones, that a graph is compared with its origin on
 _OTHER_AXIS = AxisRange(least=1, usual=1, most=1024)
 
 
@@ -97,11 +98,19 @@ def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
     beside = _beside(job.model, source)
     samples = gather_samples(exported.artifact, beside, axes, job.calibration)
     refuse_constant(samples.calibration, exported.artifact.inputs)
-    if source.format == "onnx" and job.calibration.inputs is not None:
-        exported = check_adopted(Path(source.path), exported, samples.judged[:_CHECKED_INPUTS])
+    if job.calibration.inputs is not None:
+        exported = _checked(source, exported, samples.judged[:_CHECKED_INPUTS])
+    exported = dataclasses.replace(exported, reference=None)  # torch's weights are no longer needed
     bench = _workbench(job, (profile, backend), exported, axes, samples, work, progress)
     budget = merge_budgets(profile.budgets.perception, job.budget)
     return Prepared(source, profile, backend, budget, schemes, exported, axes, samples, bench, beside)
+
+
+def _checked(source: ModelSource, exported: Exported, inputs: Sequence[Call]) -> Exported:
+    """Against what it was made from, on real inputs."""
+    if source.format == "onnx":
+        return check_adopted(Path(source.path), exported, inputs)
+    return check_exported(exported, inputs)
 
 
 def prepare_other(job: TensorJob, first: Prepared, device: str, work: Path, progress: Progress) -> Prepared:
@@ -230,17 +239,18 @@ def _workbench(
     progress("clean", 0, 1, backend.name)
     clean_for(exported.path, clean / MODEL_FILE, backend.name)
     refuse_for_backend(clean / MODEL_FILE, backend.name)
+    dialect = Dialect(
+        backend.name,
+        activations_of(profile, backend),
+        needs_narrow_weights(profile, backend),
+        newest_opset(profile, backend.name),
+        has_bf16="bf16" in possible_schemes(backend),
+    )
     return Workbench(
-        reference=clean / MODEL_FILE,
+        reference=write_floats(clean / MODEL_FILE, work / "floats" / MODEL_FILE, dialect),
         model=clean / MODEL_FILE,
         folder=work / "candidates",
-        dialect=Dialect(
-            backend.name,
-            activations_of(profile, backend),
-            needs_narrow_weights(profile, backend),
-            newest_opset(profile, backend.name),
-            has_bf16="bf16" in possible_schemes(backend),
-        ),
+        dialect=dialect,
         samples=samples,
         task=exported.artifact.task,
         classes=_n_classes(exported),

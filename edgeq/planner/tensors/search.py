@@ -268,7 +268,9 @@ def _times(way: _Way, clock: Clock) -> tuple[Attribution, Attribution] | None:
     everything = quantizable(model)
     way.bench.progress("time nodes", 0, 1, way.candidate.label)
     try:
-        floats, integers = (attribute(clock.kernels(path), model, everything) for path in (model, way.candidate.path))
+        floats, integers = (
+            attribute(clock.kernels(path), model, everything) for path in (way.bench.floats, way.candidate.path)
+        )
     except UnsupportedModelError:
         if clock.is_measured:
             raise

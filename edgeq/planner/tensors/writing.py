@@ -15,8 +15,10 @@ from edgeq.converters.onnx.calibration.ranges import Range
 from edgeq.converters.onnx.quantize.coverage import coverage, write_executed
 from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
 from edgeq.converters.onnx.quantize.fp8 import fp8_tensors, quantize_fp8
+from edgeq.converters.onnx.quantize.graph import open_editor, save_model
 from edgeq.converters.onnx.quantize.half import to_half
 from edgeq.converters.onnx.quantize.half_kinds import BFLOAT16
+from edgeq.converters.onnx.quantize.heads import read_heads_in_place
 from edgeq.converters.onnx.quantize.rounded import write_rounded
 from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.converters.onnx.quantize.weights_only import quantize_weights
@@ -31,6 +33,7 @@ __all__ = [
     "Evidence",
     "coverage_of",
     "tensors_to_range",
+    "write_floats",
     "write_scheme",
     "write_stand_in",
 ]
@@ -152,6 +155,27 @@ def _to_half(model: Path, out: Path, kept: Set[str], evidence: Evidence, dialect
     worst = max(large, key=lambda name: large[name])
     told = f"{len(both - kept)} nodes stay in FP32: {worst!r} reaches {large[worst]:.3g}, FP16 ends at 65504"
     return (*notes, f"{told}; --precision bf16 holds it in 16 bits" if dialect.has_bf16 else told)
+
+
+def write_floats(model: Path, out: Path, dialect: Dialect) -> Path:
+    """A float model as the backend's kernels compute it fastest, with the same results.
+
+    Args:
+        model: cleaned for the backend.
+        out: is written where that is another graph; its folder is made.
+        dialect: what the device wants.
+
+    Returns:
+        ``out``, or the model itself.
+    """
+    if dialect.on_gpu:
+        return model
+    editor = open_editor(model)
+    if not read_heads_in_place(editor):
+        return model
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(editor, out)
+    return out
 
 
 def write_stand_in(scheme: Scheme, model: Path, folder: Path) -> Path | None:

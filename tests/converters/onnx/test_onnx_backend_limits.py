@@ -100,3 +100,15 @@ def test_onnx_runtime_gets_what_it_runs(tmp_path: Path) -> None:
     refuse_for_backend(adopted.path, "onnxruntime-cpu")
     with pytest.raises(UnsupportedModelError, match=r"'found' \(NonZero\)"):
         refuse_for_backend(adopted.path, "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_operators_of_onnx_runtime_are_no_tensorrts(tmp_path: Path, backend: str) -> None:
+    nodes = [helper.make_node("QuickGelu", ["x"], ["y"], name="act", domain="com.microsoft")]
+    info = helper.make_tensor_value_info
+    made = helper.make_graph(nodes, "g", [info("x", TensorProto.FLOAT, [2])], [info("y", TensorProto.FLOAT, [2])])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match=f"'act' is of ONNX Runtime's own operator QuickGelu, .*{backend}"):
+        refuse_for_backend(tmp_path / "m.onnx", backend)
+    refuse_for_backend(tmp_path / "m.onnx", "onnxruntime-cpu")

@@ -206,6 +206,15 @@ def test_fused_products_of_transposed_factors(tmp_path: Path, trans_a: int, tran
     assert (shape.output_bytes, shape.flops) == (4 * 2 * 5, 2 * 2 * 3 * 5)
 
 
+def test_fused_products_whose_batch_is_in_the_middle(tmp_path: Path) -> None:
+    scores = node("FusedMatMul", "x w", domain="com.microsoft", transBatchA=1, transBatchB=1, transB=1)
+    shape = read_onnx(write(tmp_path / "scores.onnx", [scores], (7, 3, 4), [floats("w", 5, 3, 4)]), {})
+    assert (shape.output_bytes, shape.flops) == (4 * 3 * 7 * 5, 2 * 3 * 7 * 5 * 4)
+    mixed = node("FusedMatMul", "x w", domain="com.microsoft", transBatchB=1)
+    shape = read_onnx(write(tmp_path / "mixed.onnx", [mixed], (3, 7, 5), [floats("w", 5, 3, 4)]), {})
+    assert (shape.output_bytes, shape.flops) == (4 * 3 * 7 * 4, 2 * 3 * 7 * 4 * 5)
+
+
 def test_attention_counts_the_past_and_shared_heads(tmp_path: Path) -> None:
     def given(name: str, *dims: int) -> Any:
         return onnx.helper.make_tensor_value_info(name, FLOAT, dims)

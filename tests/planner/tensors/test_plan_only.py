@@ -10,6 +10,7 @@ import pytest
 
 from edgeq.cli import main
 from edgeq.cli.describe_tensor_plan import preview_lines
+from edgeq.converters.onnx.export.export import export_model
 from edgeq.errors import BudgetError, ProfileError, UsageError
 from edgeq.planner.tensors.convert import convert_tensor
 from edgeq.planner.tensors.job import Calibration, Gate, TensorJob
@@ -43,10 +44,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The encoder as an ONNX file of fixed shapes, so that it is exported once."""
     shapes: dict[str, tuple[int, ...]] = {"input_ids": (1, 16), "attention_mask": (1, 16)}
-    wanted = TensorJob(
-        model=str(bert), target="laptop-cpu", precision="fp32", shapes=shapes, calibration=SMALL, threads=1
-    )
-    return convert_tensor(wanted, tmp_path_factory.mktemp("fp32") / "bundle").file("model")
+    return export_model(bert, tmp_path_factory.mktemp("fp32") / "model.onnx", shapes=shapes).path
 
 
 def job(model: Path, target: str = "laptop-cpu", *, memory: int | None = None, **fields: object) -> TensorJob:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeq.converters.onnx.export.module_source import ModuleSource
 from edgeq.errors import SourceError
 from edgeq.planner.tensors.job import Calibration, TensorJob
 from edgeq.planner.tensors.prepare import Prepared, prepare
@@ -49,3 +50,20 @@ def test_the_opset_is_one_that_all_devices_take(tmp_path: Path, target: str, als
     found = _prepared(tmp_path, 0.5, target=target, also_for=also_for).exported
     assert found.artifact.opset == 20
     assert any("lowered from 24 to 20" in note for note in found.notes)
+
+
+def test_a_module_is_compared_with_torch_on_real_inputs(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    source = ModuleSource(torch.nn.Linear(4, 2), inputs={"input": np.zeros((1, 4), np.float32)})
+    calls = [{"input": np.full((1, 4), value, np.float32)} for value in range(1, 10)]
+    counts = {}
+    for name, calibration in (("random", Calibration(samples=4, judged=3)), ("real", Calibration(calls))):
+        (tmp_path / name).mkdir()
+        found = prepare(TensorJob(source, "laptop-cpu", calibration=calibration, threads=1), tmp_path / name, _silent)
+        assert found.exported.reference is None
+        counts[name] = found.exported.checks[0].calls
+    assert counts["real"] == counts["random"] + 3
+
+
+def _silent(*_: object) -> None:
+    """Nobody listens."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgeq.converters.onnx.export.export import export_module
+from edgeq.converters.onnx.export.export import check_exported, export_module
+from edgeq.converters.onnx.export.verify import Reference
 from edgeq.errors import ConversionError, EdgeqError, UnsupportedModelError, UsageError
 
 pytest.importorskip("torch")
@@ -64,6 +66,22 @@ def test_a_module_keeps_its_names_its_open_axes_and_its_mode(tmp_path: Path) -> 
     with torch.no_grad():
         expected = policy.eval()(**inputs)["action"].numpy()
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5)
+
+
+def test_real_inputs_are_compared_with_torch_again(tmp_path: Path) -> None:
+    policy = Policy().train()
+    exported = export_module(policy, _inputs(), tmp_path / "policy.onnx", dynamic=_BATCH)
+    real = [{name: 100 * tensor.numpy() for name, tensor in _inputs(size).items()} for size in (1, 3)]
+    checked = check_exported(exported, real)
+    assert policy.training
+    assert [check.calls for check in checked.checks] == [4, 4]
+    assert all(check.passed for check in checked.checks)
+    assert checked.reference is None  # which holds the weights
+    assert exported.reference is not None
+    call = exported.reference.call
+    other = Reference(lambda inputs: {name: array + 1 for name, array in call(inputs).items()})
+    with pytest.raises(ConversionError, match="differs from the original"):
+        check_exported(dataclasses.replace(exported, reference=other), real)
 
 
 def test_outputs_are_renamed_in_order_or_chosen_by_name(tmp_path: Path) -> None:
