@@ -37,12 +37,18 @@ from edgeq.converters.onnx.calibration.ranges import Range
 from edgeq.converters.onnx.export.export import export_model
 from edgeq.converters.onnx.graph import read_onnx
 from edgeq.converters.onnx.quantize.clean import clean_for
-from edgeq.converters.onnx.quantize.dynamic import quantize_dynamic
-from edgeq.converters.onnx.quantize.static import calibration_tensors, quantize_static
 from edgeq.errors import EdgeqError, ProfileError
-from edgeq.planner.tensors.writing import DISABLED_OPTIMIZERS
+from edgeq.planner.tensors.writing import (
+    DISABLED_OPTIMIZERS,
+    Dialect,
+    Evidence,
+    tensors_to_range,
+    write_floats,
+    write_scheme,
+)
 from edgeq.profiles.onnx.cost import OnnxFigures, OnnxPrediction, predict_onnx, predict_onnx_memory
 from edgeq.profiles.onnx.measure import measure_onnx, measure_runtime_bytes
+from edgeq.tensor_types import Scheme
 from edgeq.types import from_json, to_json
 
 BATCHES = (1, 8)
@@ -228,14 +234,16 @@ def write_schemes(name: str, folder: Path) -> dict[str, Path]:
     source, shapes = model_folder(name, folder)
     (folder / "plain").mkdir()
     exported = export_model(source, folder / "plain" / "model.onnx", shapes=shapes)
-    paths = {scheme: folder / scheme / "model.onnx" for scheme in ("fp32", "int8-static", "int8-dynamic")}
-    for path in paths.values():
-        path.parent.mkdir()
-    fp32 = paths["fp32"]
-    clean_for(exported.path, fp32, "onnxruntime-cpu")
-    ranges = dict.fromkeys(calibration_tensors(fp32, "onnxruntime-cpu"), Range(-1.0, 1.0))
-    quantize_static(fp32, paths["int8-static"], ranges, backend="onnxruntime-cpu", activations="u8")
-    quantize_dynamic(fp32, paths["int8-dynamic"])
+    clean, dialect = folder / "clean" / "model.onnx", Dialect("onnxruntime-cpu", "u8")
+    clean.parent.mkdir()
+    clean_for(exported.path, clean, dialect.backend)
+    paths = {"fp32": write_floats(clean, folder / "fp32" / "model.onnx", dialect)}
+    schemes: tuple[Scheme, ...] = ("int8-static", "int8-dynamic")
+    for scheme in schemes:
+        paths[scheme] = folder / scheme / "model.onnx"
+        paths[scheme].parent.mkdir()
+        ranges = dict.fromkeys(tensors_to_range(clean, scheme, dialect), Range(-1.0, 1.0))
+        write_scheme(scheme, clean, paths[scheme], dialect, evidence=Evidence(ranges))
     return paths
 
 
