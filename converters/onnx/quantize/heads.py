@@ -123,9 +123,13 @@ def _moves(node: ir.Node, order: tuple[int, ...]) -> bool:
 
 
 def _heads(value: ir.Value | None, order: tuple[int, ...]) -> ir.Value | None:
-    """What is moved to a value, if it is [1, tokens, heads, width]."""
+    """What is moved to a value, if it is [1, tokens, heads, width] of floats."""
+    import onnx_ir as ir
+
     node = None if value is None else value.producer()
     source = None if node is None or not _moves(node, order) else node.inputs[0]
+    if source is None or source.dtype != ir.DataType.FLOAT:  # the kernel knows no other type
+        return None
     sizes = sizes_of(source) or ()
     return source if len(sizes) == len(order) and sizes[0] == 1 and None not in sizes[2:] else None
 

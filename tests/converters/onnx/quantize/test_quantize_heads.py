@@ -37,15 +37,16 @@ def _attention(
     merged: Sequence[int] = (1, -1, HEADS * WIDTH),
     extra_reader: str | None = None,
     mask_first: bool = False,
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> Path:
     """Self-attention on ``x`` of [batch, tokens, heads * width], as exporters write it."""
     size = HEADS * WIDTH
     heads = [-1 if isinstance(batch, str) else batch, TOKENS, HEADS, WIDTH]
     shapes = {"heads": np.array(heads), "merged": np.array(merged)}
-    arrays = {**shapes, "half": np.array([0.5], np.float32)}
+    arrays = {**shapes, "half": np.array([0.5], dtype)}
     nodes = []
     for name, perm in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
-        arrays[f"w{name}"] = np.random.default_rng(ord(name)).standard_normal((size, size)).astype(np.float32)
+        arrays[f"w{name}"] = np.random.default_rng(ord(name)).standard_normal((size, size)).astype(dtype)
         nodes += [
             helper.make_node("MatMul", ["x", f"w{name}"], [f"{name}0"], name=f"{name}_project"),
             helper.make_node("Reshape", [f"{name}0", "heads"], [f"{name}1"], name=f"{name}_split"),
@@ -67,14 +68,14 @@ def _attention(
         helper.make_node("Reshape", ["moved", "merged"], ["joined"], name="join"),
         helper.make_node("MatMul", ["joined", "wq"], ["y"], name="out"),
     ]
-    info = helper.make_tensor_value_info
-    inputs = [info("x", TensorProto.FLOAT, [batch, TOKENS, size])]
+    info, kind = helper.make_tensor_value_info, helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    inputs = [info("x", kind, [batch, TOKENS, size])]
     if mask is not None:
-        inputs.append(info("mask", TensorProto.FLOAT, list(mask)))
-    outputs = [info("y", TensorProto.FLOAT, [batch, TOKENS, size])]
+        inputs.append(info("mask", kind, list(mask)))
+    outputs = [info("y", kind, [batch, TOKENS, size])]
     if extra_reader is not None:
         nodes.append(helper.make_node("Identity", [extra_reader], ["seen"], name="look"))
-        outputs.append(info("seen", TensorProto.FLOAT, None))
+        outputs.append(info("seen", kind, None))
     constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -134,6 +135,7 @@ def test_the_same_numbers_without_moving_heads(
         {"batch": "batch", "merged": (-1, TOKENS, HEADS * WIDTH)},
         {"mask": ("batch", 1, 1, TOKENS)},
         {"axis": 1},
+        {"dtype": np.float64},
         {"merged": (1, 0, HEADS * WIDTH)},
         {"extra_reader": "shares"},
         {"extra_reader": "mixed"},
