@@ -165,6 +165,11 @@ def _load_tensor(
         settings = TensorSettings(axes=manifest.plan.axes)
         engine = _tensorrt_engine(opened)
     else:
+        if manifest.plan.scheme == "bf16":
+            raise UsageError(
+                "The bundle computes in BF16, for which ONNX Runtime lacks kernels: on CPUs all, for CUDA many",
+                "Leave providers out: TensorRT computes it; or convert it in another --precision",
+            )
         settings = TensorSettings.from_plan(
             manifest.plan, threads=threads, cores=cores, providers=providers, inputs=manifest.artifact.inputs
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgeq.bundle import Bundle
     from edgeq.cli.progress import Progress
     from edgeq.runtime.tensorrt.cache import EngineFolder
-    from edgeq.runtime.tensorrt.records import EngineCheck, Flavour
+    from edgeq.runtime.tensorrt.records import EngineCheck, EngineSettings, Flavour
     from edgeq.runtime.tensorrt.targets import EngineTarget
 
 EXAMPLES = """\
@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
     flavour = _flavour(args, bundle)
     _refuse_inside(args.output, bundle.path)
     trt = find_tensorrt(flavour)
-    targets = _targets(args, bundle, flavour)
+    wanted = [(target, _settings(args, bundle, target)) for target in _targets(args, bundle, flavour)]
     with Progress(sys.stderr) as progress:
-        built = [(target, *_build(args, trt, bundle, target, progress)) for target in targets]
+        built = [(target, *_build(args, trt, bundle, target, settings, progress)) for target, settings in wanted]
     if args.json:
         show(to_json(_document(bundle, built)).decode())
     else:
@@ -124,22 +124,13 @@ def _targets(args: argparse.Namespace, bundle: Bundle, flavour: Flavour) -> list
     return [target_here(bundle.tensor.built_for, gpu)]
 
 
-def _build(
-    args: argparse.Namespace,
-    trt: ModuleType,
-    bundle: Bundle,
-    target: EngineTarget,
-    shown: Progress,
-) -> tuple[EngineFolder, EngineCheck | None, list[str]]:
-    """One engine, how it compared with its graph if it could be run here, and why it was built."""
-    from edgeq.cli.output import note
-    from edgeq.runtime.tensorrt.cache import EngineStore
-    from edgeq.runtime.tensorrt.serving import BuildOptions, engine_for, engine_in, serve
+def _settings(args: argparse.Namespace, bundle: Bundle, target: EngineTarget) -> EngineSettings:
+    """How to build for a target; one that cannot compute the bundle is refused before anything is built."""
     from edgeq.runtime.tensorrt.targets import settings_for
     from edgeq.units import parse_bytes
 
     manifest = bundle.tensor
-    settings = settings_for(
+    return settings_for(
         target,
         manifest.plan,
         manifest.budget,
@@ -147,6 +138,21 @@ def _build(
         dla_core=args.dla,
         threads=args.threads,
     )
+
+
+def _build(
+    args: argparse.Namespace,
+    trt: ModuleType,
+    bundle: Bundle,
+    target: EngineTarget,
+    settings: EngineSettings,
+    shown: Progress,
+) -> tuple[EngineFolder, EngineCheck | None, list[str]]:
+    """One engine, how it compared with its graph if it could be run here, and why it was built."""
+    from edgeq.cli.output import note
+    from edgeq.runtime.tensorrt.cache import EngineStore
+    from edgeq.runtime.tensorrt.serving import BuildOptions, engine_for, engine_in, serve
+
     reasons: list[str] = []
 
     def tell(line: str) -> None:

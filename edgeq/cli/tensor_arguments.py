@@ -34,6 +34,7 @@ _TENSOR_ONLY = (
     "calibration_method",
     "percentile",
     "min_cosine",
+    "min_detection_map",
     "min_coverage",
     "keep_float",
     "also_for",
@@ -101,6 +102,11 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--percentile", metavar="P", help="of that method (99.99)")
     group.add_argument("--min-cosine", metavar="C", help="mean cosine of every output to the float model's (0.995)")
+    group.add_argument(
+        "--min-detection-map",
+        metavar="SHARE",
+        help="of detectors, instead: mean average precision with the float model's detections as the truth (0.8)",
+    )
     group.add_argument(
         "--min-coverage", metavar="SHARE", help="of the multiply-adds that must truly be quantized: 0.9 or 90%%"
     )
@@ -179,6 +185,7 @@ def tensor_job_from(args: argparse.Namespace, target: str) -> TensorJob:
     gate = Gate(
         min_cosine=_number(args.min_cosine, "--min-cosine", 0.0, 1.0, Gate().min_cosine),
         min_top1=None if args.min_top1 is None else _number(args.min_top1, "--min-top1", 0.0, 1.0, 0.0),
+        min_detection_map=_number(args.min_detection_map, "--min-detection-map", 0.0, 1.0, Gate().min_detection_map),
         min_coverage=_number(args.min_coverage, "--min-coverage", 0.0, 1.0, Gate().min_coverage),
     )
     check_patterns(args.keep_float)

@@ -18,6 +18,7 @@ from edgeq.types import Budget
 __all__ = ["EngineTarget", "parse_target", "settings_for", "target_here", "target_of", "this_machine"]
 
 _SM = re.compile(r"sm_?(\d{1,2})(\d)", re.IGNORECASE)
+_CAPABILITY = re.compile(r"([0-9]{1,2})\.([0-9])")
 _WORKSPACE_SHARE = 4  # of the usable memory, one part for scratch; weights and other programs need the rest
 _LEAST_WORKSPACE_BYTES = 32 << 20
 
@@ -47,15 +48,15 @@ class EngineTarget:
 
 
 def parse_target(text: str) -> EngineTarget:
-    """A target by its compute capability (``sm_86``) or by a profile's name or file.
+    """A target by its compute capability (``sm_86`` or ``8.6``) or by a profile's name or file.
 
     Raises:
         UsageError: a profile without a GPU.
         ProfileError: there is no such profile.
     """
-    match = _SM.fullmatch(text)
+    match = _SM.fullmatch(text) or _CAPABILITY.fullmatch(text)
     if match is not None:
-        return _located(EngineTarget(text.lower(), f"{int(match[1])}.{match[2]}"))
+        return _located(EngineTarget(f"sm_{int(match[1])}{match[2]}", f"{int(match[1])}.{match[2]}"))
     return _located(target_of(load_profile(text)))
 
 

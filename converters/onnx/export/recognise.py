@@ -13,6 +13,7 @@ from typing import Any
 
 from edgeq.converters.json_files import read_json_object
 from edgeq.converters.onnx.export.embedding import class_count, class_labels
+from edgeq.errors import SourceError
 from edgeq.queries import BOXES, LOGITS
 from edgeq.tensor_types import TensorSpec
 
@@ -46,7 +47,8 @@ def recognise(folder: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     """The task of a graph.
 
     A detector needs its number of classes, since the last column of its logits may be a class or stand for "nothing":
-    without config.json, or with one that does not fit, it stays unknown, and a note says so.
+    without config.json, or with one that does not fit, it stays unknown, and a note says so. A classifier without has
+    classes without names.
 
     Args:
         folder: that the file lies in.
@@ -54,7 +56,7 @@ def recognise(folder: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         outputs: likewise.
 
     Raises:
-        SourceError: config.json is needed, and cannot be read.
+        SourceError: the config.json of a detector cannot be read.
     """
     found = {spec.name: spec for spec in outputs}
     logits, boxes = found.get(LOGITS), found.get(BOXES)
@@ -65,12 +67,7 @@ def recognise(folder: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     task = _task_of_classes(inputs)
     if len(outputs) > 1 or len(logits.shape) != 2 or logits.shape[1] == 1 or task is None:
         return Recognised()
-    config = _config(folder)
-    if config.get("problem_type") == "regression":
-        return Recognised()
-    count = class_count(config)
-    fits = count is not None and logits.shape[1] in (count, *_open(logits.shape[1]))
-    return Recognised(task, class_labels(config) if fits else (), count if fits else None)
+    return _classifier(task, folder, logits)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -86,6 +83,20 @@ def _are_queries(logits: TensorSpec, boxes: TensorSpec) -> bool:
         and boxes.dtype.startswith("float")
         and (logits.shape[1] == boxes.shape[1] or bool(_open(logits.shape[1]) or _open(boxes.shape[1])))
     )
+
+
+def _classifier(task: str, folder: Path, logits: TensorSpec) -> Recognised:
+    try:
+        config = _config(folder)
+    except SourceError as error:  # it would only name the classes
+        return Recognised(task, notes=(f"The classes have no names: {error.cause}",))
+    if config.get("problem_type") == "regression":
+        return Recognised()
+    count, columns = class_count(config), logits.shape[1]
+    if count is None or columns in (count, *_open(columns)):
+        return Recognised(task, class_labels(config), count)
+    note = f"The classes have no names: config.json has {count}, where {logits.name} has {columns} columns"
+    return Recognised(task, notes=(note,))
 
 
 def _detector(config: Mapping[str, Any], logits: TensorSpec, boxes: TensorSpec) -> Recognised:

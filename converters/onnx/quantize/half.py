@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from edgeq.converters.onnx.quantize.graph import Editor, array_of, infer_shapes, is_constant, open_editor, save_model
 from edgeq.converters.onnx.quantize.half_kinds import FLOAT16, HalfKind
 from edgeq.converters.onnx.quantize.half_scales import GRIDS, fine_grids, refit_channels, with_their_grids
-from edgeq.converters.onnx.quantize.sites import editor_products
+from edgeq.converters.onnx.quantize.indices import precise_nodes
+from edgeq.converters.onnx.quantize.sites import editor_products, work_of
 from edgeq.converters.onnx.quantize.tiny import tiny_numbers
 from edgeq.converters.onnx.quantize.type_check import require_types, takes_halves
 from edgeq.errors import ConversionError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["to_half"]
 
+_MOST_LOST = 0.5  # of the multiply-adds, that may stay in floats because their operators do not take the type
 _RAISED_FROM = 20
 _IR_VERSION = 10  # of ONNX files with the opset that takes BF16
 
@@ -36,7 +38,8 @@ _OVERFLOWS = """
     CumSum Exp Log LogSoftmax LpNormalization MeanVarianceNormalization Pow Reciprocal ReduceL1 ReduceL2 ReduceLogSum
     ReduceLogSumExp ReduceMean ReduceProd ReduceSum ReduceSumSquare Softmax Softplus Sqrt
 """
-# Counting in halves goes wrong above 2,048; these make indices, coordinates, or constants whose type is an attribute.
+# Counting in FP16 goes wrong above 2,048, in BF16 above 256; these make indices, coordinates, or constants whose type
+# is an attribute.
 _COUNTS = """
     Bernoulli BlackmanWindow ConstantOfShape DeformConv EyeLike GridSample HammingWindow HannWindow MelWeightMatrix
     Multinomial NonMaxSuppression RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Resize RoiAlign
@@ -80,7 +83,7 @@ def to_half(
     infer_shapes(editor)
     kept = with_their_grids(node for node in editor.graph if node.name in keep_float)
     if kind.has_float_range:  # eight bits of a scale's digits would move the whole grid
-        halver = _Halver(editor, kind, kept, with_their_grids(editor.nodes(*GRIDS)), {})
+        halver = _Halver(editor, kind, kept, with_their_grids(editor.nodes(*GRIDS)), {}, precise_nodes(editor))
     else:
         refit_channels(editor)
         no_grids = not takes_halves("DequantizeLinear", editor.opset)
@@ -99,21 +102,29 @@ def to_half(
 
 
 def _unable(halver: _Halver) -> tuple[str, ...]:
-    """A note on products whose operators do not take the type in this opset; it is an error if that is all."""
-    unbuilt = halver.editor.nodes(*halver.kind.unbuilt) if halver.kind.unbuilt else ()
-    products = [node for node in (*editor_products(halver.editor), *unbuilt) if node not in halver.kept]
-    unable = [node for node in products if not halver.takes(node)]
+    """A note on products whose operators do not take the type in this opset; it is an error if that is most of all."""
+    editor, kind = halver.editor, halver.kind
+    transposed = editor.nodes("ConvTranspose") if "ConvTranspose" in kind.unbuilt else ()
+    work = {node: work_of(product) for node, product in editor_products(editor).items()}
+    work |= dict.fromkeys(transposed, 0)
+    if kind.has_float_range and not work:
+        cause = f"Nothing would compute in {kind.name}: the model has no product with weights in float32"
+        raise ConversionError(cause, "Give it in float32, or choose another --precision")
+    wanted = [node for node in work if node not in halver.kept]
+    unable = [node for node in wanted if not halver.takes(node)]
     if not unable:
         return ()
-    kind, first, opset = halver.kind, unable[0], halver.editor.opset
+    first, opset = unable[0], editor.opset
     why = f"{first.op_type} takes no {kind.name} in opset {opset}"
     if first.op_type in kind.unbuilt:
         why = f"TensorRT-RTX does not build {first.op_type} in {kind.name}"
     elif takes_halves(first.op_type, kind.opset, kind.name):
         why = f"{first.op_type} takes {kind.name} from opset {kind.opset} on, and this is {opset}"
-    if len(unable) == len(products):
-        raise ConversionError(f"Nothing would compute in {kind.name}: {why}", "Choose --precision fp16")
-    return (f"{len(unable)} of {len(products)} products compute in float32, such as {first.name!r}: {why}",)
+    lost, most = sum(work[node] for node in unable), sum(work[node] for node in wanted)
+    if lost > _MOST_LOST * most or len(unable) == len(wanted):
+        share = f"Only {1 - lost / most:.0%} of the multiply-adds" if lost < most else "Nothing"
+        raise ConversionError(f"{share} would compute in {kind.name}: {why}", "Choose --precision fp16")
+    return (f"{len(unable)} of {len(wanted)} products compute in float32, such as {first.name!r}: {why}",)
 
 
 def _raise_opset(editor: Editor, wanted: int, newest: int | None) -> None:
@@ -137,6 +148,7 @@ class _Halver:
     kept: Set[ir.Node]  # by the caller's wish
     fine: Set[ir.Node]  # because of their scales
     tiny: Mapping[ir.Node, float]  # because of numbers that they read
+    precise: Set[ir.Node] = frozenset()  # because of positions that they compute with
     cut: list[str] = dataclasses.field(default_factory=list)
     casts: dict[tuple[ir.Value, bool], ir.Value] = dataclasses.field(default_factory=dict)
     halves: set[ir.Value] = dataclasses.field(default_factory=set)
@@ -155,6 +167,10 @@ class _Halver:
         if node.op_type == "Cast" and node.domain == "":
             self._recast(node, wanted)
             return
+        if "Sequence" in node.op_type or node.op_type.startswith("Optional"):
+            raise ConversionError(
+                f"{node.op_type} {node.name!r} is for other than dense tensors", "Export the model with tensors alone"
+            )
         for index, value in enumerate(node.inputs):
             if value is None:
                 continue
@@ -166,7 +182,7 @@ class _Halver:
                 self.halves.add(value)
 
     def _is_half(self, node: ir.Node) -> bool:
-        if node.domain != "" or node in self.kept or node in self.fine or node in self.tiny:
+        if node.domain != "" or any(node in nodes for nodes in (self.kept, self.fine, self.tiny, self.precise)):
             return False
         return node.op_type not in _KEPT and self.takes(node)
 
@@ -227,7 +243,8 @@ class _Halver:
         largest = np.float32(self.kind.largest)
         beyond = np.isfinite(array) & (np.abs(array) > largest)
         if beyond.any():
-            self.cut.append(name)
+            if not self.kind.has_float_range:  # BF16 ends within half a percent of float32
+                self.cut.append(name)
             array = np.where(beyond, np.copysign(largest, array), array)
         return self.kind.rounded(array)
 
@@ -246,8 +263,7 @@ class _Halver:
         notes = []
         if self.cut:
             what = "1 constant" if len(self.cut) == 1 else f"{len(self.cut)} constants"
-            told = f"cut to the largest number of {self.kind.name}, which they go beyond"
-            notes.append(f"{what} {told}, such as {self.cut[0]!r}")
+            notes.append(f"{what} beyond {self.kind.name} cut to its largest number, such as {self.cut[0]!r}")
         fine = sorted(node.name or "" for node in self.fine if node.op_type not in GRIDS)
         if fine:
             notes.append(

@@ -23,7 +23,7 @@ class HalfKind:
         largest: finite number.
         has_float_range: whether its exponents are those of float32, so that nothing overflows or vanishes.
         opset: from which ONNX takes it in convolutions and pooling.
-        unbuilt: operators that TensorRT-RTX 1.7.1 parses in it and does not build.
+        unbuilt: operators that TensorRT-RTX 1.7.1 refuses in it, tried one by one.
     """
 
     name: str
@@ -46,7 +46,6 @@ class HalfKind:
         return rounded
 
 
+_UNBUILT = frozenset({"ConvTranspose", "GRU", "HardSwish", "LpPool", "Mish"})
 FLOAT16 = HalfKind("float16", 65504.0, has_float_range=False, opset=1)
-BFLOAT16 = HalfKind(
-    "bfloat16", float.fromhex("0x1.fep127"), has_float_range=True, opset=22, unbuilt=frozenset({"ConvTranspose"})
-)
+BFLOAT16 = HalfKind("bfloat16", float.fromhex("0x1.fep127"), has_float_range=True, opset=22, unbuilt=_UNBUILT)

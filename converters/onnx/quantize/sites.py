@@ -36,6 +36,7 @@ __all__ = [
     "light_inputs",
     "product_of",
     "quantizable",
+    "work_of",
 ]
 
 # ONNX Runtime's CPU kernels that compute on integers with scales of their own for each input and output.
@@ -146,14 +147,22 @@ def _is_float_weight(value: ir.Value) -> bool:
     return is_constant(value) and value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT
 
 
+def work_of(product: Product) -> int:
+    """Multiply-adds; as many as weights where sizes are not known."""
+    return _macs(product) or math.prod(size or 0 for size in sizes_of(product.weight) or ())
+
+
+def _macs(product: Product) -> int | None:
+    shape = tuple(size or 0 for size in sizes_of(product.weight) or ())
+    made = sizes_of(product.node.outputs[0])
+    if made is None or any(size is None for size in made):
+        return None
+    return math.prod(size or 0 for size in made) // max(shape[product.axis], 1) * math.prod(shape)
+
+
 def _site(product: Product) -> NodeSite:
     node = product.node
     shape = tuple(size or 0 for size in sizes_of(product.weight) or ())
-    made = sizes_of(node.outputs[0])
-    macs = None
-    if made is not None and all(size is not None for size in made):
-        channels = shape[product.axis]
-        macs = math.prod(size or 0 for size in made) // max(channels, 1) * math.prod(shape)
     return NodeSite(
         name=product.name,
         op_type=node.op_type,
@@ -161,7 +170,7 @@ def _site(product: Product) -> NodeSite:
         output=node.outputs[0].name or "",
         weight=product.weight.name or "",
         weight_shape=shape,
-        macs=macs,
+        macs=_macs(product),
     )
 
 

@@ -94,13 +94,18 @@ def decide(
         reasons = "; ".join(f"{entry.option}: {entry.reason}" for entry in rejected)
         raise ConversionError(
             f"Nothing that was asked for passes the gate: {reasons}",
-            "Lower --min-cosine, give real inputs with --calibration, or choose --precision auto",
+            f"{_loosened(bench.task)}, give real inputs with --calibration, or choose --precision auto",
         )
     if not timed:
         return _untimed(passing, rejected, clock)
     best = fastest(bench, passing, max_slowdown=gate.max_slowdown, max_latency_ms=max_latency_ms, asked=asked)
     notes = (*best.notes, *best.chosen.notes)
     return Decision(best.chosen, best.timing, best.float_timing, (*rejected, *best.rejected), notes)
+
+
+def _loosened(task: str) -> str:
+    """The options of the gate that count."""
+    return f"Lower {'--min-detection-map or ' if task == 'object-detection' else ''}--min-cosine"
 
 
 def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: bool) -> str | None:

@@ -77,6 +77,13 @@ def test_a_backend_that_onnxruntime_does_not_run_as_such(linear_onnx: Path, make
         assert session.run({"x": X})["y"].shape == (2, 4)
 
 
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
+def test_bf16_is_not_for_onnx_runtime(linear_onnx: Path, make_tensor_bundle: Any, provider: str) -> None:
+    bundle = make_tensor_bundle(linear_onnx, plan={"backend": "tensorrt", "scheme": "bf16"})
+    with pytest.raises(UsageError, match="computes in BF16, for which ONNX Runtime lacks kernels"):
+        edgeq.load(bundle, providers=[provider])
+
+
 def test_an_engine_of_tensorrt_takes_no_cpu_threads(linear_onnx: Path, make_tensor_bundle: Any) -> None:
     with pytest.raises(UsageError, match="threads=1 means nothing"):
         edgeq.load(make_tensor_bundle(linear_onnx, plan={"backend": "tensorrt"}), threads=1)

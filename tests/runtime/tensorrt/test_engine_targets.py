@@ -27,7 +27,9 @@ def _plan(scheme: Scheme = "int8-static") -> TensorPlan:
     )
 
 
-@pytest.mark.parametrize(("text", "capability"), [("sm_75", "7.5"), ("SM_120", "12.0"), ("sm87", "8.7")])
+@pytest.mark.parametrize(
+    ("text", "capability"), [("sm_75", "7.5"), ("SM_120", "12.0"), ("sm87", "8.7"), ("8.9", "8.9"), ("12.0", "12.0")]
+)
 def test_a_compute_capability_is_a_target(text: str, capability: str) -> None:
     assert parse_target(text).compute_capability == capability
 

@@ -101,9 +101,15 @@ def test_classes_of_what_is_classified(tmp_path: Path, inputs: list[TensorSpec],
 
 def test_labels_come_from_a_config_that_fits(folder: Path) -> None:
     assert recognise(folder, [PIXELS], [_logits("batch", 3)]).labels == ("cup", "door", "person")
-    assert recognise(folder, [PIXELS], [_logits("batch", 1000)]).labels == ()
+    other = recognise(folder, [PIXELS], [_logits("batch", 1000)])
+    assert (other.task, other.labels) == ("image-classification", ())
+    assert other.notes == ("The classes have no names: config.json has 3, where logits has 1000 columns",)
     (folder / "config.json").write_text(json.dumps({**THREE, "problem_type": "regression"}))
     assert recognise(folder, [PIXELS], [_logits("batch", 3)]).task == "tensor"
+    (folder / "config.json").write_text("{")
+    broken = recognise(folder, [PIXELS], [_logits("batch", 3)])
+    assert broken.task == "image-classification"
+    assert "no valid JSON" in broken.notes[0]
 
 
 def test_an_adopted_detector_is_what_an_exported_one_is(tiny_model: Any, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _network(path: Path) -> Path:
     arrays = {
         "w": rng.standard_normal((4, 3, 3, 3)).astype(np.float32),
         "flat": np.array([1, -1]),
-        "v": rng.standard_normal((4 * 36, 5)).astype(np.float32),
+        "v": rng.standard_normal((4 * 36, 50)).astype(np.float32),
     }
     nodes = [_node("Conv", "x w", "conv"), _node("Reshape", "conv flat", "rows"), _node("MatMul", "rows v", "y")]
     return _saved(path, nodes, arrays, [1, 3, 8, 8])
@@ -137,10 +137,92 @@ def test_masks_beyond_bfloat16_stay_finite(tmp_path: Path) -> None:
     least = np.array([np.finfo(np.float32).min], np.float32)
     nodes = [_node("MatMul", "x w", "rows"), _node("Add", "rows least", "y")]
     model = _saved(tmp_path / "m.onnx", nodes, {"w": np.eye(4, dtype=np.float32), "least": least}, [2, 4])
-    (note,) = to_half(model, tmp_path / "b.onnx", kind=BFLOAT16)
-    assert note.startswith("1 constant cut to the largest number of bfloat16")
+    assert to_half(model, tmp_path / "b.onnx", kind=BFLOAT16) == ()
     write_rounded(tmp_path / "b.onnx", tmp_path / "r.onnx")
     assert np.isfinite(_run(tmp_path / "r.onnx", np.zeros((2, 4), np.float32))).all()
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "MatMul"])
+def test_angles_of_positions_keep_their_digits(tmp_path: Path, op_type: str) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "w": rng.standard_normal((8, 8)).astype(np.float32),
+        "speeds": (0.7 ** np.arange(8, dtype=np.float32)).reshape(1, 8),
+        "rows": np.array([0, -1]),
+    }
+    nodes = [
+        _node("Reshape", "x rows", "many"),  # keeps the positions from being folded into a constant
+        _node("Shape", "many", "size"),
+        _node("Gather", "size zero", "count"),
+        _node("Range", "zero count one", "steps"),
+        _node("Cast", "steps", "floats", to=_FLOAT),
+        _node("Unsqueeze", "floats last", "column"),
+        _node(op_type, "column speeds", "angles"),
+        _node("Cos", "angles", "waves"),
+        _node("Mul", "many waves", "turned"),
+        _node("MatMul", "turned w", "y"),
+    ]
+    arrays |= {"zero": np.array(0), "one": np.array(1), "last": np.array([1])}
+    model = _saved(tmp_path / "m.onnx", nodes, arrays, [700, 8])
+    to_half(model, tmp_path / "b.onnx", kind=BFLOAT16)
+    types = _types(tmp_path / "b.onnx")
+    assert (types["floats"], types["angles"], types["waves"]) == (_FLOAT, _FLOAT, _FLOAT)
+    assert types["turned"] == _BFLOAT
+    write_rounded(tmp_path / "b.onnx", tmp_path / "r.onnx")
+    x = rng.standard_normal((700, 8)).astype(np.float32)
+    exact, found = _run(model, x), _run(tmp_path / "r.onnx", x)
+    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_operators_that_tensorrt_does_not_build_in_it_stay_floats(tmp_path: Path) -> None:
+    nodes = [_node("MatMul", "x w", "a"), _node("HardSwish", "a", "b"), _node("MatMul", "b w", "y")]
+    model = _saved(tmp_path / "m.onnx", nodes, {"w": np.eye(4, dtype=np.float32)}, [2, 4])
+    assert to_half(model, tmp_path / "b.onnx", kind=BFLOAT16) == ()
+    types = _types(tmp_path / "b.onnx")
+    assert (types["a"], types["b"]) == (_BFLOAT, _FLOAT)
+
+
+def test_a_network_of_convolutions_with_one_product_is_refused_there(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "w": rng.standard_normal((16, 3, 3, 3)).astype(np.float32),
+        "flat": np.array([1, -1]),
+        "v": rng.standard_normal((16, 5)).astype(np.float32),
+    }
+    nodes = [
+        _node("Conv", "x w", "conv"),
+        _node("GlobalAveragePool", "conv", "mean"),
+        _node("Reshape", "mean flat", "rows"),
+        _node("MatMul", "rows v", "y"),
+    ]
+    model = _saved(tmp_path / "m.onnx", nodes, arrays, [1, 3, 16, 16])
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(model))
+    onnx.save(inferred, model)
+    with pytest.raises(ConversionError, match="Only 0% of the multiply-adds would compute in bfloat16: Conv takes"):
+        to_half(model, tmp_path / "b.onnx", kind=BFLOAT16, newest_opset=20)
+    to_half(model, tmp_path / "b.onnx", kind=BFLOAT16, newest_opset=22)
+
+
+def test_a_model_in_float16_is_not_called_bfloat16(tmp_path: Path) -> None:
+    nodes = [
+        _node("Cast", "x", "half", to=10),
+        _node("MatMul", "half w", "made"),
+        _node("Cast", "made", "y", to=_FLOAT),
+    ]
+    model = _saved(tmp_path / "m.onnx", nodes, {"w": np.eye(4, dtype=np.float16)}, [2, 4])
+    with pytest.raises(ConversionError, match="Nothing would compute in bfloat16: the model has no product"):
+        to_half(model, tmp_path / "b.onnx", kind=BFLOAT16)
+
+
+def test_sequences_are_refused(tmp_path: Path) -> None:
+    nodes = [
+        _node("SplitToSequence", "x", "parts"),
+        _node("ConcatFromSequence", "parts", "again", axis=0),
+        _node("MatMul", "again w", "y"),
+    ]
+    model = _saved(tmp_path / "m.onnx", nodes, {"w": np.eye(4, dtype=np.float32)}, [2, 4])
+    with pytest.raises(ConversionError, match="SplitToSequence 'parts' is for other than dense tensors"):
+        to_half(model, tmp_path / "b.onnx", kind=BFLOAT16)
 
 
 def test_numbers_that_vanish_in_float16_need_no_floats(tmp_path: Path) -> None:
