@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from edgeq.converters.onnx.compare import MetricError
 from edgeq.errors import ConversionError, UnsupportedModelError
-from edgeq.planner.tensors.accuracy import missed
+from edgeq.planner.tensors.accuracy import Miss, missed
 from edgeq.planner.tensors.candidates import Candidate, Method, Workbench
 from edgeq.planner.tensors.job import Gate
 from edgeq.planner.tensors.node_times import Clock
@@ -74,6 +74,7 @@ def decide(
     asked_share = bench.share(keep_float.keys())
     rejected: list[Rejection] = []
     passing: list[Candidate] = []
+    options: dict[str, None] = {}  # that ask for less
     for scheme in schemes:
         try:
             made = _candidates(bench, scheme, keep_float, search)
@@ -85,16 +86,18 @@ def decide(
             rejected.append(Rejection(option=scheme, reason=error.cause))
             continue
         for found in made:
-            why = missed_gate(found, gate, asked_share=asked_share, timed=timed)
-            if why is None:
+            miss = missed_gate(found, gate, asked_share=asked_share, timed=timed)
+            if miss is None:
                 passing.append(found)
             else:
-                rejected.append(Rejection(option=found.label, reason=why))
+                rejected.append(Rejection(option=found.label, reason=miss.reason))
+                options[miss.option] = None
     if not passing:
         reasons = "; ".join(f"{entry.option}: {entry.reason}" for entry in rejected)
         raise ConversionError(
             f"Nothing that was asked for passes the gate: {reasons}",
-            f"{_loosened(bench.task)}, give real inputs with --calibration, or choose --precision auto",
+            f"Lower {' or '.join(options) or Miss('').option}, give real inputs with --calibration, or choose "
+            "--precision auto",
         )
     if not timed:
         return _untimed(passing, rejected, clock)
@@ -103,12 +106,7 @@ def decide(
     return Decision(best.chosen, best.timing, best.float_timing, (*rejected, *best.rejected), notes)
 
 
-def _loosened(task: str) -> str:
-    """The options of the gate that count."""
-    return f"Lower {'--min-detection-map or ' if task == 'object-detection' else ''}--min-cosine"
-
-
-def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: bool) -> str | None:
+def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: bool) -> Miss | None:
     """Why a candidate is not taken; None if nothing speaks against it.
 
     Args:
@@ -119,9 +117,9 @@ def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: 
             floats than the gate allows: elsewhere nothing would show that the mix is worth it.
     """
     if candidate.failure is not None:
-        return candidate.failure
-    if candidate.quality is not None and (why := missed(candidate.quality, gate)) is not None:
-        return why
+        return Miss(candidate.failure)
+    if candidate.quality is not None and (miss := missed(candidate.quality, gate)) is not None:
+        return miss
     found = candidate.coverage
     if found is None or candidate.scheme in FLOAT_SCHEMES:
         return None
@@ -129,7 +127,8 @@ def missed_gate(candidate: Candidate, gate: Gate, *, asked_share: float, timed: 
     allowed = candidate.kept_share if timed else asked_share
     if not lost or found.mac_share + allowed >= gate.min_coverage:
         return None
-    return f"only {found.mac_share:.0%} of the multiply-adds are quantized; in floats are {', '.join(lost[:5])}"
+    told = f"only {found.mac_share:.0%} of the multiply-adds are quantized; in floats are {', '.join(lost[:5])}"
+    return Miss(told, "--min-coverage")
 
 
 def _candidates(

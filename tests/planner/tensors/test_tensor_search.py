@@ -12,7 +12,7 @@ import pytest
 
 from edgeq.converters.onnx.quantize.static import calibration_tensors
 from edgeq.errors import ConversionError
-from edgeq.planner.tensors.accuracy import worst_cosine
+from edgeq.planner.tensors.accuracy import Miss, worst_cosine
 from edgeq.planner.tensors.candidates import Candidate, Workbench
 from edgeq.planner.tensors.decide import decide, missed_gate
 from edgeq.planner.tensors.job import Gate
@@ -128,11 +128,12 @@ def test_floats_that_were_chosen_are_no_lack_of_coverage_where_speed_shows_their
     assert missed_gate(mix, Gate(), asked_share=0.49, timed=False) is None
     assert missed_gate(mix, Gate(min_coverage=0.5), asked_share=0.0, timed=False) is None
     unproven = missed_gate(mix, Gate(), asked_share=0.0, timed=False)
-    assert unproven == "only 50% of the multiply-adds are quantized; in floats are chosen, tiny"
+    told = "only 50% of the multiply-adds are quantized; in floats are chosen, tiny"
+    assert unproven == Miss(told, "--min-coverage")
     lost = Candidate("int8-static", Path("m"), "m", float_nodes={"chosen": "error"}, coverage=half, kept_share=0.1)
     why = missed_gate(lost, Gate(), asked_share=0.0, timed=True)
     assert why is not None
-    assert why.endswith("in floats are tiny")
+    assert why.reason.endswith("in floats are tiny")
 
 
 def test_eight_bits_for_a_gpu_end_at_halves(chain: Path, make_bench: MakeBench) -> None:
