@@ -156,7 +156,7 @@ def _line(row: Row) -> str:
 
 
 def _markdown(rows: Sequence[Row]) -> str:
-    """The table of docs/tensors.md."""
+    """The table of docs/tensorrt.md."""
     lines = [
         "| architecture | covered on a CPU | covered for TensorRT | INT8 | FP16 | BF16 | FP8 |",
         "|---|---|---|---|---|---|---|",
