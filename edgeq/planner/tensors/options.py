@@ -86,7 +86,8 @@ def predicted_of(
 ) -> tuple[TensorPrediction, tuple[str, ...]]:
     """What `edgeq.planner.tensors.predict.predict` says of a file with those sizes."""
     disabled = () if prepared.backend.on_gpu else DISABLED_OPTIMIZERS
-    return predict(model, prepared.profile, prepared.backend, axes, disabled_optimizers=disabled)
+    beside = prepared.tokenizer_bytes
+    return predict(model, prepared.profile, prepared.backend, axes, disabled_optimizers=disabled, beside_bytes=beside)
 
 
 def write_option(prepared: Prepared, scheme: Scheme, keep_float: Mapping[str, str], folder: Path) -> Path:

@@ -25,6 +25,7 @@ def predict(
     axes: Mapping[str, AxisRange],
     *,
     disabled_optimizers: Collection[str] = (),
+    beside_bytes: int = 0,
 ) -> tuple[TensorPrediction, tuple[str, ...]]:
     """Memory at the largest sizes and latency at the usual ones, and what of it is only a floor or an allowance.
 
@@ -37,6 +38,7 @@ def predict(
         backend: of the bundle.
         axes: sizes of dynamic axes.
         disabled_optimizers: of ONNX Runtime, as the session will have them.
+        beside_bytes: of what the process holds once the model is loaded, as a tokenizer.
     """
 
     @functools.cache
@@ -49,10 +51,10 @@ def predict(
     figures = None if profile.measured is None or backend.on_gpu else profile.measured.onnx
     try:
         if figures is not None:
-            return _from_probe(read, figures, axes), ()
-        return _from_datasheet(read, profile, backend, axes)
+            return _from_probe(read, figures, axes, beside_bytes), ()
+        return _from_datasheet(read, profile, backend, axes, beside_bytes)
     except UnsupportedModelError as error:
-        return _from_file(model, profile, backend, error.cause)
+        return _from_file(model, profile, backend, error.cause, beside_bytes)
 
 
 def _largest(read: Read, axes: Mapping[str, AxisRange]) -> OnnxShape:
@@ -63,7 +65,7 @@ def _usual(read: Read, axes: Mapping[str, AxisRange]) -> OnnxShape:
     return read({name: sizes.usual for name, sizes in axes.items()})
 
 
-def _from_probe(read: Read, figures: OnnxFigures, axes: Mapping[str, AxisRange]) -> TensorPrediction:
+def _from_probe(read: Read, figures: OnnxFigures, axes: Mapping[str, AxisRange], more: int) -> TensorPrediction:
     """Raises UnsupportedModelError for an operator that the cost model does not know."""
     largest = predict_onnx(_largest(read, axes), figures)
     usual = predict_onnx(_usual(read, axes), figures)
@@ -71,14 +73,14 @@ def _from_probe(read: Read, figures: OnnxFigures, axes: Mapping[str, AxisRange])
         file_bytes=largest.file_bytes,
         weights_bytes=largest.weights_bytes,
         activation_bytes=largest.activation_bytes,
-        runtime_bytes=largest.runtime_bytes,
-        peak_memory_bytes=largest.peak_memory_bytes,
+        runtime_bytes=largest.runtime_bytes + more,
+        peak_memory_bytes=max(largest.load_peak_bytes, largest.serve_peak_bytes + more),
         latency_ms=usual.latency_ms,
     )
 
 
 def _from_datasheet(
-    read: Read, profile: DeviceProfile, backend: Backend, axes: Mapping[str, AxisRange]
+    read: Read, profile: DeviceProfile, backend: Backend, axes: Mapping[str, AxisRange], more: int
 ) -> tuple[TensorPrediction, tuple[str, ...]]:
     """Raises UnsupportedModelError as `_from_probe` does."""
     shape = _largest(read, axes)
@@ -87,17 +89,17 @@ def _from_datasheet(
     if backend.on_gpu:
         on_gpu = predict_gpu_memory(shape, unified=profile.memory.unified)
         weights, activations = on_gpu.weights_bytes, on_gpu.activation_bytes
-        peak = beside + max(on_gpu.load_peak_bytes, weights + activations)
+        peak = beside + max(on_gpu.load_peak_bytes, weights + activations + more)
     else:
         on_cpu = predict_onnx_memory(shape, loaded_bytes=beside, runtime_bytes=beside)
         weights, activations = on_cpu.weights_bytes, on_cpu.activation_bytes
-        peak = max(on_cpu.load_peak_bytes, on_cpu.serve_peak_bytes)
+        peak = max(on_cpu.load_peak_bytes, on_cpu.serve_peak_bytes + more)
     latency = least_ms(_usual(read, axes), profile, backend)
     predicted = TensorPrediction(
         file_bytes=shape.file_bytes,
         weights_bytes=weights,
         activation_bytes=activations,
-        runtime_bytes=beside,
+        runtime_bytes=beside + more,
         peak_memory_bytes=peak,
         latency_ms=latency,
         latency_is_floor=latency is not None,
@@ -122,11 +124,11 @@ def _datasheet_notes(profile: DeviceProfile, backend: Backend, process: int | No
 
 
 def _from_file(
-    model: Path, profile: DeviceProfile, backend: Backend, why: str
+    model: Path, profile: DeviceProfile, backend: Backend, why: str, more: int
 ) -> tuple[TensorPrediction, tuple[str, ...]]:
     """Of a graph that cannot be counted: its file, and the process."""
     file_bytes = sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*"))
-    runtime = process_bytes(profile, backend) or 0
+    runtime = (process_bytes(profile, backend) or 0) + more
     plain = TensorPrediction(
         file_bytes=file_bytes,
         weights_bytes=file_bytes,

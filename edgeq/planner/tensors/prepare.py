@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from edgeq.converters.onnx.quantize.sites import quantizable
 from edgeq.converters.source import resolve
 from edgeq.errors import UsageError
 from edgeq.inputs.arrays import refuse_constant
+from edgeq.inputs.tokenizer_memory import tokenizer_bytes
 from edgeq.planner.tensors.candidates import Workbench
 from edgeq.planner.tensors.decide import Decision, decide
 from edgeq.planner.tensors.job import TensorJob
@@ -72,6 +74,13 @@ class Prepared:
     samples: Samples
     bench: Workbench
     beside: Path | None = None
+
+    @functools.cached_property
+    def tokenizer_bytes(self) -> int:
+        """Memory of the tokenizer that a session of a text encoder holds; 0 for other models."""
+        place = None if self.beside is None else self.beside / "tokenizer.json"
+        embeds = self.exported.artifact.embedding is not None
+        return tokenizer_bytes(place) if embeds and place is not None and place.is_file() else 0
 
 
 def prepare(job: TensorJob, work: Path, progress: Progress) -> Prepared:
